@@ -63,16 +63,15 @@ def load_public_key(path: Path) -> Ed25519PublicKey:
     try:
         if content.lstrip().startswith(b"-----BEGIN"):
             key = load_pem_public_key(content)
-            if isinstance(key, Ed25519PublicKey):
-                return key
-            raise SignatureError(f"public key {path} is not an Ed25519 key; copy the coordinator's public key")
-        return Ed25519PublicKey.from_public_bytes(bytes.fromhex(content.decode("ascii").strip()))
-    except SignatureError:
-        raise
+        else:
+            key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(content.decode("ascii").strip()))
     except ValueError as error:
         raise SignatureError(
             f"public key {path} is neither 64 hexadecimal digits nor PEM ({error}); copy the coordinator's public key"
         ) from error
+    if not isinstance(key, Ed25519PublicKey):
+        raise SignatureError(f"public key {path} is not an Ed25519 key; copy the coordinator's public key")
+    return key
 
 
 def sign_manifest(manifest: CheckpointManifest, key: Ed25519PrivateKey) -> SignedManifest:
