@@ -1,0 +1,473 @@
+"""A frame: one published message with the encoded taps of several samples, or a part of one that is too large.
+
+Layout, little-endian: magic "SFT1" | u32 header bytes | u32 crc32 of the header | msgpack header | body. The body is
+lz4 (frame format) or raw, as the header says. The bytes spooled are the bytes published are the bytes stored.
+
+Rules: every size is checked before memory is allocated for it; sizes that the header states must all agree; unknown
+header fields are ignored, an unknown version is refused; whatever cannot be accepted is a `FrameError`.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import lz4.frame
+import msgpack
+
+from side_tuning.wire.bounded import FrameError, unpack_bounded
+from side_tuning.wire.codecs import MAX_GROUP, MAX_WIDTH, check_vectors, encoded_bytes
+from side_tuning.wire.messages import (
+    MAX_BLOCKS,
+    MAX_LABELS,
+    CodecName,
+    Fields,
+    Mode,
+    Pooling,
+    check_fingerprint,
+)
+from side_tuning.wire.topics import check_device_name
+
+Split = Literal["train", "held-out"]
+
+MAX_HEADER_BYTES = 65_536
+MAX_BODY_BYTES = 16 * 1024 * 1024
+MAX_SAMPLES = 4096
+MAX_TOKENS = 1_000_000
+MAX_PARTS = 65_535
+MIN_PART_BYTES = 1024  # room for the header of a part with the longest names
+_MAGIC = b"SFT"
+_VERSION = b"1"
+_PREFIX = struct.Struct("<4sII")  # magic with version, header bytes, crc32 of the header
+_MAX_COUNT = 2**53  # the largest whole number that every language and JSON keeps exactly
+_LZ4_MAX_RATIO = 255  # one byte of lz4 stands for at most 255
+_SPOOL = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_SAMPLE_ID = re.compile(r"([0-9a-f]{2}){1,32}")
+
+
+@dataclass(frozen=True)
+class SampleInfo:
+    """What a frame says of one sample; `id` is 2 to 64 lower-case hexadecimal digits, an even number of them."""
+
+    id: str
+    label: int | None
+    split: Split
+    tokens: int  # `sequence` mode: rows of this sample in every tap; `pooled` mode: real tokens, for information
+
+
+@dataclass(frozen=True)
+class Tap:
+    """The vectors of one layer (1-based), all samples below each other."""
+
+    layer: int
+    rows: int  # `pooled` mode: one per sample; `sequence` mode: one per real token
+    width: int
+    codec: CodecName
+    group: int
+    map: str | None  # hash of the fixed low-rank map that the vectors went through
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Samples of one device with their taps. (device, spool, sequence) identifies it; sequences start at 1."""
+
+    device: str
+    spool: str
+    sequence: int
+    captured_at: float
+    backbone: str  # fingerprint
+    plan_version: int
+    mode: Mode
+    pooling: Pooling
+    produced: int  # samples that this spool has produced so far, this frame's included (loss ledger)
+    samples: tuple[SampleInfo, ...]
+    taps: tuple[Tap, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A slice of the payload of a frame that was too large; part `index` has sequence `first` + `index`."""
+
+    device: str
+    spool: str
+    sequence: int
+    first: int
+    index: int
+    count: int
+    samples: int  # in the whole frame
+    produced: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What names a frame or part for receipts."""
+
+    device: str
+    spool: str
+    sequence: int
+
+
+def encode_frame(frame: Frame) -> bytes:
+    """The payload of `frame`; refuses with `FrameError` whatever `decode_frame` would refuse."""
+    raw = b"".join(tap.data for tap in frame.taps)
+    if len(raw) > MAX_BODY_BYTES:
+        raise FrameError(f"the taps take {len(raw)} bytes, a frame holds {MAX_BODY_BYTES}; put fewer samples in it")
+    compressed: bytes = lz4.frame.compress(raw, store_size=False)
+    compression, body = ("lz4", compressed) if len(compressed) < len(raw) else ("none", raw)
+    header = {
+        "kind": "frame",
+        "device": frame.device,
+        "spool": frame.spool,
+        "sequence": int(frame.sequence),
+        "captured_at": float(frame.captured_at),
+        "backbone": frame.backbone,
+        "plan": int(frame.plan_version),
+        "mode": frame.mode,
+        "pooling": frame.pooling,
+        "produced": int(frame.produced),
+        "samples": _samples_to_header(frame.samples),
+        "taps": _taps_to_header(frame.taps),
+        "raw_bytes": len(raw),
+        "compression": compression,
+    }
+    payload = _seal(header, body)
+    fields = Fields({**header, **_body_fields(body)}, "frame")
+    _read_frame(fields, raw)  # a device must not spool what the coordinator would refuse
+    return payload
+
+
+def decode_frame(payload: bytes, *, max_body_bytes: int = MAX_BODY_BYTES) -> Frame:
+    """Inverse of `encode_frame`; the vectors of an accepted frame decode to finite values of the stated shapes."""
+    frame = decode(payload, max_body_bytes=max_body_bytes)
+    if isinstance(frame, Part):
+        raise FrameError(f"part: {frame.index} of {frame.count} is not a whole frame; join the parts first")
+    return frame
+
+
+def decode(payload: bytes, *, max_body_bytes: int = MAX_BODY_BYTES) -> Frame | Part:
+    """What the gateway calls: a frame or a part of one."""
+    fields, body = _open(payload, max_body_bytes)
+    if fields.choice("kind", ("frame", "part")) == "part":
+        return _read_part(fields, body)
+    return _read_frame(fields, _inflate(fields, body, max_body_bytes))
+
+
+def read_identity(payload: bytes) -> Identity | None:
+    """Who sent this, from the header alone; None if the header is unreadable. Never raises.
+
+    Lets a frame with a damaged body be rejected by name, so that its device gets a receipt and goes on.
+    """
+    try:
+        return _identity(_read_header(payload)[0])
+    except FrameError:
+        return None
+
+
+def split_frame(payload: bytes, part_bytes: int) -> list[bytes]:
+    """Parts of at most `part_bytes` each for a frame that is larger; a frame that fits comes back alone.
+
+    The parts take the sequences s, s+1, ... where s is the sequence of the frame itself.
+    """
+    if len(payload) <= part_bytes:
+        return [payload]
+    if part_bytes < MIN_PART_BYTES:
+        raise FrameError(f"parts of {part_bytes} bytes are too small, use at least {MIN_PART_BYTES}")
+    fields, _body = _open(payload, MAX_BODY_BYTES)
+    whole = _identity(fields)
+    samples = len(_read_samples(fields))
+    produced = fields.integer("produced", 0, _MAX_COUNT)
+
+    def seal(index: int, count: int, data: bytes) -> bytes:
+        header = {
+            "kind": "part",
+            "device": whole.device,
+            "spool": whole.spool,
+            "sequence": whole.sequence + index,
+            "first": whole.sequence,
+            "index": index,
+            "count": count,
+            "samples": samples,
+            "produced": produced,
+        }
+        return _seal(header, data)
+
+    room = part_bytes - len(seal(MAX_PARTS, MAX_PARTS, b"")) - 8  # a sequence or size may need more digits than here
+    count = -(-len(payload) // room)
+    if count > MAX_PARTS:
+        raise FrameError(f"{len(payload)} bytes make {count} parts of {part_bytes}; the limit is {MAX_PARTS}, use larger parts")
+    return [seal(index, count, payload[index * room : (index + 1) * room]) for index in range(count)]
+
+
+def join_parts(parts: Sequence[Part]) -> bytes:
+    """The payload of the whole frame, from its parts in any order; `FrameError` if they do not make one frame."""
+    if not parts:
+        raise FrameError("part: no parts to join")
+    ordered = sorted(parts, key=lambda part: part.index)
+    first = ordered[0]
+    for part in ordered:
+        if _whole(part) != _whole(first):
+            raise FrameError(f"part: {part.index} is of {_whole(part)}, {first.index} is of {_whole(first)}")
+    indexes = [part.index for part in ordered]
+    if indexes != list(range(first.count)):
+        raise FrameError(f"part: have {len(indexes)} parts of {first.count}, each is needed exactly once")
+    total = sum(len(part.data) for part in ordered)
+    if total > _PREFIX.size + MAX_HEADER_BYTES + MAX_BODY_BYTES:
+        raise FrameError(f"part: {total} bytes together, more than a frame may have")
+    payload = b"".join(part.data for part in ordered)
+    fields = _read_header(payload)[0]
+    samples, produced = len(_read_samples(fields)), fields.integer("produced", 0, _MAX_COUNT)
+    if _identity(fields) != Identity(first.device, first.spool, first.first):
+        raise FrameError(f"part: the parts are of frame {first.first} of {first.device}, they contain {_identity(fields)}")
+    if (samples, produced) != (first.samples, first.produced):
+        raise FrameError(f"part: the parts state {first.samples} samples, the frame has {samples}, or `produced` differs")
+    return payload
+
+
+def _whole(part: Part) -> tuple[str, str, int, int, int, int]:
+    return part.device, part.spool, part.first, part.count, part.samples, part.produced
+
+
+# Prefix, header, body.
+
+
+def _body_fields(body: bytes) -> dict[str, int]:
+    return {"body_bytes": len(body), "body_crc32": zlib.crc32(body)}
+
+
+def _seal(header: dict[str, Any], body: bytes) -> bytes:
+    packed: bytes = msgpack.packb({**header, **_body_fields(body)})
+    if len(packed) > MAX_HEADER_BYTES:
+        raise FrameError(f"header takes {len(packed)} bytes, the limit is {MAX_HEADER_BYTES}; put fewer samples in a frame")
+    return _PREFIX.pack(_MAGIC + _VERSION, len(packed), zlib.crc32(packed)) + packed + body
+
+
+def _read_header(payload: bytes) -> tuple[Fields, int]:
+    """The header and where the body starts."""
+    if len(payload) < _PREFIX.size:
+        raise FrameError(f"frame: {len(payload)} bytes are too few for a frame")
+    magic, header_bytes, header_crc32 = _PREFIX.unpack_from(payload)
+    if magic[:3] != _MAGIC:
+        raise FrameError(f"frame: starts with {magic!r}, not with {_MAGIC + _VERSION!r}")
+    if magic[3:] != _VERSION:
+        raise FrameError(f"frame: version {magic[3:]!r} is unknown here, this program reads {_VERSION!r}; update it")
+    if header_bytes > MAX_HEADER_BYTES:
+        raise FrameError(f"frame: header of {header_bytes} bytes, the limit is {MAX_HEADER_BYTES}")
+    start = _PREFIX.size + header_bytes
+    if start > len(payload):
+        raise FrameError(f"frame: cut off at {len(payload)} bytes, inside a header that ends at {start}")
+    packed = payload[_PREFIX.size : start]
+    if zlib.crc32(packed) != header_crc32:
+        raise FrameError("frame: the header does not match its crc32; it was damaged on the way")
+    return Fields(unpack_bounded(packed, max_bytes=MAX_HEADER_BYTES), "frame"), start
+
+
+def _open(payload: bytes, max_body_bytes: int) -> tuple[Fields, memoryview]:
+    """The header, and the body as it travelled, complete and undamaged."""
+    fields, start = _read_header(payload)
+    body = memoryview(payload)[start:]
+    if len(body) > max_body_bytes:
+        raise FrameError(f"frame: body of {len(body)} bytes, the limit is {max_body_bytes}")
+    stated = fields.integer("body_bytes", 0, 2**32)
+    if stated != len(body):
+        raise FrameError(f"frame: the header states a body of {stated} bytes, {len(body)} follow it")
+    if zlib.crc32(body) != fields.integer("body_crc32", 0, 2**32 - 1):
+        raise FrameError("frame: the body does not match its crc32; it was damaged on the way")
+    return fields, body
+
+
+def _inflate(fields: Fields, body: memoryview, max_body_bytes: int) -> bytes:
+    """The raw body; one layer of lz4 at most, never more memory than the header states and the limit allows."""
+    raw_bytes = fields.integer("raw_bytes", 0, 2**63)
+    if raw_bytes > max_body_bytes:
+        raise FrameError(f"frame: body inflates to {raw_bytes} bytes, the limit is {max_body_bytes}")
+    if raw_bytes != (taps_bytes := _taps_bytes(fields)):
+        raise FrameError(f"frame: body inflates to {raw_bytes} bytes, its taps need {taps_bytes}")
+    if fields.choice("compression", ("lz4", "none")) == "none":
+        if raw_bytes != len(body):
+            raise FrameError(f"frame: raw body of {len(body)} bytes, the header states {raw_bytes}")
+        return bytes(body)
+    if raw_bytes > _LZ4_MAX_RATIO * len(body):
+        raise FrameError(f"frame: {len(body)} bytes of lz4 cannot hold the {raw_bytes} that the header states")
+    decompressor = lz4.frame.LZ4FrameDecompressor()
+    try:  # one byte of room more than stated shows a body that inflates further
+        raw: bytes = decompressor.decompress(body, max_length=raw_bytes + 1)
+    except RuntimeError as error:
+        raise FrameError(f"frame: malformed lz4 body: {error}") from error
+    if len(raw) > raw_bytes:
+        raise FrameError(f"frame: body inflates past the {raw_bytes} bytes that the header states")
+    if len(raw) < raw_bytes or not decompressor.eof or decompressor.unused_data:
+        raise FrameError(f"frame: lz4 body ends early or has bytes after its end ({len(raw)} of {raw_bytes} bytes inflated)")
+    return raw
+
+
+def _identity(fields: Fields) -> Identity:
+    spool = fields.text("spool", 64)
+    if not _SPOOL.fullmatch(spool):
+        raise FrameError(f"frame: spool {spool!r} is not 1 to 64 letters, digits, '_' or '-'")
+    device = check_device_name(fields.text("device", 64))
+    return Identity(device, spool, fields.integer("sequence", 1, _MAX_COUNT))
+
+
+# Header fields <-> frame.
+
+
+def _samples_to_header(samples: Sequence[SampleInfo]) -> dict[str, Any]:
+    """By column, hexadecimal ids as bytes: a quarter of the bytes of a list of maps."""
+    for sample in samples:
+        if not _SAMPLE_ID.fullmatch(sample.id):
+            raise FrameError(f"sample id {sample.id[:80]!r} is not an even number of hexadecimal digits, 2 to 64, lower-case")
+        if sample.split not in get_args(Split):
+            raise FrameError(f"sample {sample.id}: split {sample.split!r:.40} is not one of {', '.join(get_args(Split))}")
+    return {
+        "ids": [bytes.fromhex(sample.id) for sample in samples],
+        "labels": [None if sample.label is None else int(sample.label) for sample in samples],
+        "tokens": [int(sample.tokens) for sample in samples],
+        "held_out": [place for place, sample in enumerate(samples) if sample.split == "held-out"],
+    }
+
+
+def _read_samples(fields: Fields) -> tuple[SampleInfo, ...]:
+    columns = fields.inner("samples")
+    ids, labels, tokens = (columns.items(name, MAX_SAMPLES) for name in ("ids", "labels", "tokens"))
+    held_out = columns.items("held_out", MAX_SAMPLES)
+    if not ids or not len(ids) == len(labels) == len(tokens):
+        raise FrameError(f"frame: {len(ids)} sample ids, {len(labels)} labels and {len(tokens)} token counts, not one of each per sample")
+    if not all(isinstance(sample_id, bytes) and 1 <= len(sample_id) <= 32 for sample_id in ids):
+        raise FrameError("frame: a sample id is not 1 to 32 bytes")
+    if len(set(ids)) != len(ids):
+        raise FrameError("frame: a sample id comes up twice")
+    if not all(label is None or _is_count(label, MAX_LABELS - 1) for label in labels):
+        raise FrameError(f"frame: a label is neither empty nor a whole number from 0 to {MAX_LABELS - 1}")
+    if not all(_is_count(count, MAX_TOKENS) for count in tokens):
+        raise FrameError(f"frame: a token count is not a whole number from 0 to {MAX_TOKENS}")
+    if not all(_is_count(place, len(ids) - 1) for place in held_out) or len(set(held_out)) != len(held_out):
+        raise FrameError("frame: held_out does not name samples of this frame, each once")
+    out = set(held_out)
+    return tuple(
+        SampleInfo(sample_id.hex(), label, "held-out" if place in out else "train", count)
+        for place, (sample_id, label, count) in enumerate(zip(ids, labels, tokens, strict=True))
+    )
+
+
+def _is_count(value: object, largest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= largest
+
+
+def _taps_to_header(taps: Sequence[Tap]) -> list[dict[str, Any]]:
+    described = []
+    offset = 0
+    for tap in taps:
+        described.append(
+            {
+                "layer": int(tap.layer),
+                "rows": int(tap.rows),
+                "width": int(tap.width),
+                "codec": tap.codec,
+                "group": int(tap.group),
+                "map": tap.map,
+                "offset": offset,
+            }
+        )
+        offset += len(tap.data)
+    return described
+
+
+@dataclass(frozen=True)
+class _TapHeader:
+    layer: int
+    rows: int
+    width: int
+    codec: CodecName
+    group: int
+    map: str | None
+    offset: int
+    size: int
+
+
+def _read_tap_headers(fields: Fields) -> list[_TapHeader]:
+    taps = []
+    for body in fields.items("taps", MAX_BLOCKS):
+        tap = Fields(body, "frame.taps")
+        rows, width = tap.integer("rows", 1, 2**31), tap.integer("width", 1, MAX_WIDTH)
+        codec, group = tap.choice("codec", get_args(CodecName)), tap.integer("group", 0, MAX_GROUP)
+        map_hash = tap.optional_text("map", 64)
+        if map_hash is not None:
+            check_fingerprint(map_hash)
+        offset = tap.integer("offset", 0, 2**63)
+        layer = tap.integer("layer", 1, 1024)
+        taps.append(_TapHeader(layer, rows, width, codec, group, map_hash, offset, encoded_bytes(rows, width, codec, group)))
+    return taps
+
+
+def _taps_bytes(fields: Fields) -> int:
+    return sum(tap.size for tap in _read_tap_headers(fields))
+
+
+def _read_frame(fields: Fields, raw: bytes) -> Frame:
+    """Every field, and that the samples, the shapes and the body agree with each other."""
+    identity = _identity(fields)
+    samples = _read_samples(fields)
+    mode: Mode = fields.choice("mode", get_args(Mode))
+    rows = len(samples) if mode == "pooled" else sum(sample.tokens for sample in samples)
+    taps = []
+    end, last_layer = 0, 0
+    for tap in _read_tap_headers(fields):
+        if tap.rows != rows:
+            raise FrameError(f"frame: layer {tap.layer} has {tap.rows} vectors, its {len(samples)} samples make {rows} in {mode} mode")
+        if tap.layer <= last_layer:
+            raise FrameError(f"frame: layer {tap.layer} follows layer {last_layer}; layers must ascend")
+        if tap.offset != end:
+            raise FrameError(f"frame: layer {tap.layer} starts at byte {tap.offset}, the one before ends at {end}")
+        end, last_layer = tap.offset + tap.size, tap.layer
+        if end > len(raw):
+            raise FrameError(f"frame: layer {tap.layer} ends at byte {end} of a body of {len(raw)}")
+        data = raw[tap.offset : end]
+        try:
+            check_vectors(data, tap.rows, tap.width, tap.codec, tap.group)
+        except FrameError as error:
+            raise FrameError(f"frame: layer {tap.layer}: {error}") from error
+        taps.append(Tap(tap.layer, tap.rows, tap.width, tap.codec, tap.group, tap.map, data))
+    if not taps:
+        raise FrameError("frame: no taps")
+    if end != len(raw):
+        raise FrameError(f"frame: the taps end at byte {end} of a body of {len(raw)}")
+    return Frame(
+        device=identity.device,
+        spool=identity.spool,
+        sequence=identity.sequence,
+        captured_at=fields.number("captured_at", 0.0, 1e12),
+        backbone=check_fingerprint(fields.text("backbone", 64)),
+        plan_version=fields.integer("plan", 1, _MAX_COUNT),
+        mode=mode,
+        pooling=fields.choice("pooling", get_args(Pooling)),
+        produced=fields.integer("produced", len(samples), _MAX_COUNT),
+        samples=samples,
+        taps=tuple(taps),
+    )
+
+
+def _read_part(fields: Fields, body: memoryview) -> Part:
+    identity = _identity(fields)
+    count = fields.integer("count", 2, MAX_PARTS)
+    part = Part(
+        device=identity.device,
+        spool=identity.spool,
+        sequence=identity.sequence,
+        first=fields.integer("first", 1, _MAX_COUNT),
+        index=fields.integer("index", 0, count - 1),
+        count=count,
+        samples=fields.integer("samples", 1, MAX_SAMPLES),
+        produced=fields.integer("produced", 1, _MAX_COUNT),
+        data=bytes(body),
+    )
+    if part.sequence != part.first + part.index:
+        raise FrameError(f"part: {part.index} of a frame that starts at {part.first} cannot have sequence {part.sequence}")
+    if not part.data:
+        raise FrameError(f"part: {part.index} of {part.count} is empty")
+    return part
