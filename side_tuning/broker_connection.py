@@ -1,0 +1,695 @@
+"""One connection to an MQTT broker that stays up: TLS, MQTT 5 (falls back to 3.1.1), last will, reconnect, re-subscribe.
+
+The only import of paho. Rules that callers build on:
+- a publish belongs to the connection it was made on; when that breaks its handle fails and the caller sends again;
+- each connection is an epoch with a paho client of its own, so an acknowledgement can never reach a later connection;
+- callbacks run in the network thread: they enqueue or do microseconds of work, and what they raise never ends the loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import paho.mqtt.client as paho
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import Self
+
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_SECONDS = 10.0
+LOOP_SECONDS = 0.5
+STEADY_SECONDS = 5.0  # a connection that lasts this long starts the back-off anew; shorter ones are ping-pong
+PACKET_OVERHEAD_BYTES = 16  # fixed header, topic length, packet id, property length
+UNSUPPORTED_PROTOCOL_VERSION = 0x84
+PACKET_TOO_LARGE = 0x95
+
+
+class BrokerSettings(BaseModel):
+    """Where the broker is and how to prove who we are. Shared by the agent's and the coordinator's settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host: str = Field(min_length=1)
+    port: int = Field(8883, ge=1, le=65_535)
+    protocol: Literal["auto", "5", "3.1.1"] = "auto"
+    username: str | None = None
+    password_file: Path | None = None
+    ca_file: Path | None = None
+    certificate_file: Path | None = None
+    key_file: Path | None = None
+    tls: bool = True
+    keepalive_seconds: int = Field(60, ge=5, le=3600)
+    reconnect_max_seconds: float = Field(30.0, gt=0, le=600)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.certificate_file is None) != (self.key_file is None):
+            raise ValueError("broker: certificate_file and key_file go together; give both or neither")
+        if not self.tls and (self.ca_file or self.certificate_file):
+            raise ValueError("broker: tls is false but certificate files are given; set tls = true or drop the files")
+        if self.password_file and not self.username:
+            raise ValueError("broker: password_file needs a username")
+        return self
+
+
+class BrokerFilesError(ValueError):
+    """A certificate, key or password file that the settings name cannot be used; the text says which and why."""
+
+
+class PayloadTooLarge(ValueError):  # noqa: N818 - reads as what happened
+    """The broker stated (or showed) a packet limit that this payload exceeds; sending it would only end the connection."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """A received message. `epoch` says on which connection it came, so that it is acknowledged there or nowhere."""
+
+    topic: str
+    payload: bytes
+    retain: bool
+    epoch: int
+    mid: int
+    qos: int
+    properties: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Connected:
+    """What is known of a new connection at the moment the broker accepts it."""
+
+    epoch: int
+    session_present: bool
+    protocol: Literal["5", "3.1.1"]
+    keepalive_seconds: int
+
+
+class PublishHandle:
+    """The fate of one publish: `sent` once the broker acknowledged it, `failed` once that can no longer happen.
+
+    A PUBACK says that the broker took the message, never that it is stored (FIELD: PUBACK is no durability receipt).
+    """
+
+    def __init__(self, payload_bytes: int, on_done: Callable[[PublishHandle], None] | None) -> None:
+        self.payload_bytes = payload_bytes
+        self.sent_at = time.monotonic()
+        self.done_at: float | None = None
+        self.rc = "in flight"  # then "success", or why it failed, in words
+        self._finished = threading.Event()
+        self._on_done = on_done
+
+    @property
+    def sent(self) -> bool:
+        return self.rc == "success"
+
+    @property
+    def failed(self) -> bool:
+        return self._finished.is_set() and not self.sent
+
+    def wait(self, timeout_seconds: float) -> bool:
+        """True if the broker acknowledged the message within the time."""
+        self._finished.wait(timeout_seconds)
+        return self.sent
+
+    def finish(self, rc: str) -> None:
+        if self._finished.is_set():
+            return
+        self.rc = rc
+        self.done_at = time.monotonic()
+        self._finished.set()
+        if self._on_done is not None:
+            try:
+                self._on_done(self)
+            except Exception:
+                logger.exception("the callback of a finished publish raised")
+
+
+Will = tuple[str, bytes]
+Goodbye = tuple[str, bytes]
+
+
+class BrokerConnection:
+    """Keeps one client connected until `stop`. Thread-safe; publishes from any thread."""
+
+    def __init__(
+        self,
+        settings: BrokerSettings,
+        client_id: str,
+        *,
+        will: Will | Callable[[], Will] | None = None,
+        subscriptions: Sequence[str] = (),
+        on_message: Callable[[Message], None] | None = None,
+        on_connected: Callable[[Connected], None] | None = None,
+        on_disconnected: Callable[[str], None] | None = None,
+        manual_ack: bool = False,
+        clean_start: bool = True,
+        session_expiry_seconds: int = 0,
+        receive_maximum: int | None = None,
+        reconnect_min_seconds: float = 0.5,
+    ) -> None:
+        """Prepare a connection; nothing is sent before `start`.
+
+        Args:
+            settings: host, TLS files, keepalive.
+            client_id: unique per broker; two clients with one id throw each other out.
+            will: retained message that the broker publishes when the connection breaks; a callable is asked anew
+                before each connection, so that a will can carry that connection's session id.
+            subscriptions: topics or filters, declared on every connect (QoS 1); `subscribe` adds to them.
+            on_message: receives every message.
+            on_connected: called on every connect, after the subscriptions were sent.
+            on_disconnected: called with the reason when an established connection ends.
+            manual_ack: messages count as received only after `acknowledge`.
+            clean_start: False asks the broker to keep the session (and queued messages) between connections.
+            session_expiry_seconds: how long it keeps it (MQTT 5).
+            receive_maximum: the most unacknowledged messages that the broker may have under way to us (MQTT 5).
+            reconnect_min_seconds: first pause after a failure; doubles, jittered, up to the settings' maximum.
+
+        Raises:
+            BrokerFilesError: a file named in the settings is missing or wrong.
+
+        """
+        self.settings = settings
+        self.client_id = client_id
+        self._will = will
+        self._filters: dict[str, None] = dict.fromkeys(subscriptions)  # ordered set
+        self._on_message = on_message
+        self._on_connected = on_connected
+        self._on_disconnected = on_disconnected
+        self._manual_ack = manual_ack
+        self._clean_start = clean_start
+        self._session_expiry_seconds = session_expiry_seconds
+        self._receive_maximum = receive_maximum
+        self._reconnect_min_seconds = reconnect_min_seconds
+        self._keepalive_wanted = settings.keepalive_seconds
+        self._tls = _tls_context(settings)
+        self._password = _read_password(settings)
+
+        self._lock = threading.Lock()  # guards the fields below; never held while paho is called
+        self._client: paho.Client | None = None  # the accepted connection's client, else None
+        self._epoch = 0
+        self._handles: dict[int, PublishHandle] = {}
+        self._early_acks: dict[int, ReasonCode] = {}  # PUBACKs that overtook the publisher's own bookkeeping
+        self._asked: dict[int, list[str]] = {}  # SUBSCRIBE packet id -> filters
+
+        self._stopping = threading.Event()
+        self._cut = threading.Event()  # ask the loop to drop this connection and make a new one
+        self._thread: threading.Thread | None = None
+        self._ticked_at = time.monotonic()
+        self._attempt = _Attempt()
+        self.keepalive_seconds = settings.keepalive_seconds  # in force on this connection
+        self.max_packet_bytes: int | None = None
+        self.protocol: Literal["5", "3.1.1"] = "3.1.1" if settings.protocol == "3.1.1" else "5"
+        self.last_error = ""
+        self.failures = 0  # in a row
+        self.refused_subscriptions: dict[str, str] = {}
+        self.callback_errors = 0
+
+    # State.
+
+    @property
+    def connected(self) -> bool:
+        return self._client is not None
+
+    @property
+    def epoch(self) -> int:
+        """Counts accepted connections; 0 before the first."""
+        return self._epoch
+
+    @property
+    def address(self) -> str:
+        return f"{self.settings.host}:{self.settings.port}"
+
+    @property
+    def tick_age_seconds(self) -> float:
+        """How long ago the network thread last went round; a hung one is a reason to restart the program."""
+        return time.monotonic() - self._ticked_at
+
+    @property
+    def thread_alive(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    # Life.
+
+    def start(self) -> None:
+        if self._thread is not None:
+            raise RuntimeError("a broker connection is started once")
+        self._thread = threading.Thread(target=self._run, name=f"broker-{self.client_id}", daemon=True)
+        self._thread.start()
+
+    def stop(self, goodbye: Goodbye | None = None, *, timeout_seconds: float = 5.0) -> None:
+        """Publish the goodbye (retained), disconnect cleanly so that the last will does not fire, end the thread."""
+        if goodbye is not None and self.connected:
+            try:
+                self.publish(goodbye[0], goodbye[1], retain=True).wait(timeout_seconds)
+            except PayloadTooLarge:
+                logger.exception("the goodbye does not fit the broker's packet limit")
+        self._stopping.set()
+        with self._lock:
+            client = self._client
+        if client is not None:
+            client.disconnect()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout_seconds + CONNECT_TIMEOUT_SECONDS)
+
+    def reconnect(self) -> None:
+        """Drop the connection and make a new one, for instance so that a new keepalive takes effect."""
+        self._cut.set()
+
+    def set_keepalive(self, seconds: int) -> None:
+        """The keepalive that the next connection asks for."""
+        self._keepalive_wanted = min(max(int(seconds), 5), 65_535)
+
+    # Messages.
+
+    def publish(
+        self,
+        topic: str,
+        payload: bytes,
+        *,
+        retain: bool = False,
+        qos: int = 1,
+        properties: dict[str, str] | None = None,
+        on_done: Callable[[PublishHandle], None] | None = None,
+    ) -> PublishHandle:
+        """Hand a message to the network thread. Never blocks; without a connection the handle has already failed.
+
+        Args:
+            topic: no wildcards.
+            payload: the bytes; empty and retained clears the topic.
+            retain: the broker keeps it for later subscribers.
+            qos: 0 or 1.
+            properties: MQTT 5 user properties; left out on 3.1.1.
+            on_done: called once, possibly in the network thread, when the handle is finished.
+
+        Raises:
+            PayloadTooLarge: the broker would only cut the connection.
+
+        """
+        handle = PublishHandle(len(payload), on_done)
+        with self._lock:
+            client, epoch = self._client, self._epoch
+        if client is None:
+            handle.finish("not connected")
+            return handle
+        properties = properties if self.protocol == "5" else None
+        self._check_size(topic, payload, properties)
+        info = client.publish(topic, payload, qos, retain, _user_properties(properties))
+        if info.rc not in (MQTTErrorCode.MQTT_ERR_SUCCESS, MQTTErrorCode.MQTT_ERR_AGAIN):
+            handle.finish("not connected" if info.rc == MQTTErrorCode.MQTT_ERR_NO_CONN else paho.error_string(info.rc))
+            return handle
+        with self._lock:
+            if self._epoch != epoch or self._client is None:
+                ended, reason = True, None
+            else:
+                ended, reason = False, self._early_acks.pop(info.mid, None)
+                if reason is None:
+                    self._handles[info.mid] = handle
+        if ended:
+            handle.finish("connection lost")
+        elif reason is not None:
+            handle.finish(_puback_words(reason))
+        return handle
+
+    def subscribe(self, topic: str) -> None:
+        """Subscribe now and again on every later connect."""
+        with self._lock:
+            self._filters[topic] = None
+            client = self._client
+        if client is not None:
+            self._declare(client, [topic])
+
+    def unsubscribe(self, topic: str) -> None:
+        with self._lock:
+            self._filters.pop(topic, None)
+            client = self._client
+        self.refused_subscriptions.pop(topic, None)
+        if client is not None:
+            client.unsubscribe(topic)
+
+    def acknowledge(self, message: Message) -> bool:
+        """Tell the broker that `message` is safe; False if its connection is over (the broker sends it again)."""
+        with self._lock:
+            client = self._client if message.epoch == self._epoch else None
+        if client is None:
+            return False
+        # A connection that ends right here takes its own client along: the packet goes to a closed socket.
+        return client.ack(message.mid, message.qos) == MQTTErrorCode.MQTT_ERR_SUCCESS
+
+    # The network thread.
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            self._ticked_at = time.monotonic()
+            attempt = self._attempt = _Attempt()
+            try:
+                self._serve_one_connection(attempt)
+            except Exception as error:  # a broken packet, a bug in paho: start over, loudly
+                logger.exception("connection to the broker at %s failed unexpectedly", self.address)
+                attempt.reason = attempt.reason or f"{type(error).__name__}: {error}"
+            finally:
+                self._connection_over(attempt)
+            if self._stopping.is_set():
+                break
+            if self._next_protocol(attempt):
+                continue
+            self._note_failure(attempt)
+            self._pause()
+
+    def _serve_one_connection(self, attempt: _Attempt) -> None:
+        client = self._new_client(attempt)
+        try:
+            client.connect(self.settings.host, self.settings.port, self._keepalive_wanted, **self._mqtt5_options())
+        except (OSError, ssl.CertificateError) as error:
+            attempt.reason = _connect_words(error, self.settings, self.address)
+            return
+        attempt.reached = True
+        deadline = time.monotonic() + CONNECT_TIMEOUT_SECONDS
+        self._cut.clear()
+        rc = MQTTErrorCode.MQTT_ERR_SUCCESS
+        while rc == MQTTErrorCode.MQTT_ERR_SUCCESS:
+            rc = client.loop(LOOP_SECONDS)
+            self._ticked_at = time.monotonic()
+            if attempt.accepted_at is None and (self._ticked_at > deadline or self._stopping.is_set()):
+                attempt.reason = attempt.reason or f"the broker at {self.address} accepts connections but does not answer"
+                break
+            if self._cut.is_set():
+                attempt.reason, attempt.wanted = "reconnecting on purpose", True
+                break
+        if not attempt.wanted and attempt.accepted_at is not None and not self._stopping.is_set() and not attempt.reason:
+            attempt.reason = paho.error_string(rc)
+        _close(client)
+
+    def _new_client(self, attempt: _Attempt) -> paho.Client:
+        five = self.protocol == "5"
+        client = paho.Client(
+            CallbackAPIVersion.VERSION2,
+            client_id=self.client_id,
+            clean_session=None if five else self._clean_start,
+            protocol=MQTTProtocolVersion.MQTTv5 if five else MQTTProtocolVersion.MQTTv311,
+            reconnect_on_failure=False,
+            manual_ack=self._manual_ack,
+        )
+        client.connect_timeout = CONNECT_TIMEOUT_SECONDS
+        # Having this callback keeps publishing threads from writing to the socket themselves; two writers could interleave.
+        client.on_socket_register_write = _leave_writing_to_the_loop
+        client.on_connect = lambda c, _u, flags, reason, props: self._accepted(attempt, c, flags, reason, props)
+        client.on_disconnect = lambda _c, _u, flags, reason, _p: self._dropped(attempt, flags, reason)
+        client.on_message = lambda c, _u, message: self._received(attempt, c, message)
+        client.on_publish = lambda _c, _u, mid, reason, _p: self._published(mid, reason)
+        client.on_subscribe = lambda _c, _u, mid, reasons, _p: self._subscribed(mid, reasons)
+        if self.settings.username is not None:
+            client.username_pw_set(self.settings.username, self._password)
+        if self._tls is not None:
+            client.tls_set_context(self._tls)
+        will = self._will() if callable(self._will) else self._will
+        if will is not None:
+            client.will_set(will[0], will[1], qos=1, retain=True)
+        return client
+
+    def _mqtt5_options(self) -> dict[str, Any]:
+        if self.protocol != "5":
+            return {}
+        properties = Properties(PacketTypes.CONNECT)
+        if self._session_expiry_seconds:
+            properties.SessionExpiryInterval = self._session_expiry_seconds
+        if self._receive_maximum:
+            properties.ReceiveMaximum = self._receive_maximum
+        return {"clean_start": self._clean_start, "properties": properties}
+
+    def _accepted(
+        self, attempt: _Attempt, client: paho.Client, flags: paho.ConnectFlags, reason: ReasonCode, properties: Properties | None,
+    ) -> None:
+        if reason.is_failure:
+            attempt.refused = reason
+            attempt.reason = _refusal_words(reason, self.settings, self.client_id, self.address)
+            return
+        stated = vars(properties) if properties is not None else {}
+        self.keepalive_seconds = stated.get("ServerKeepAlive", self._keepalive_wanted)
+        self.max_packet_bytes = stated.get("MaximumPacketSize", attempt.learned_limit or self.max_packet_bytes)
+        # paho ignores the broker's ReceiveMaximum; nothing is in flight yet, so the limit can still be set.
+        client._max_inflight_messages = min(stated.get("ReceiveMaximum", 100), 100)
+        with self._lock:
+            self._epoch += 1
+            attempt.epoch = self._epoch
+            attempt.accepted_at = time.monotonic()
+            self._client = client
+            self._early_acks.clear()
+            filters = list(self._filters)
+        if self.failures:
+            logger.info("connected to the broker at %s again after %d failed attempts", self.address, self.failures)
+        else:
+            logger.info("connected to the broker at %s (MQTT %s)", self.address, self.protocol)
+        self.last_error = ""
+        self.refused_subscriptions.clear()
+        if filters:
+            self._declare(client, filters)
+        connected = Connected(self._epoch, bool(flags.session_present), self.protocol, self.keepalive_seconds)
+        self._guard(self._on_connected, connected)
+
+    def _declare(self, client: paho.Client, filters: list[str]) -> None:
+        # One SUBSCRIBE for all; 100 at a time keeps the packet far below any broker's limit.
+        for start in range(0, len(filters), 100):
+            chunk = filters[start : start + 100]
+            _, mid = client.subscribe([(name, 1) for name in chunk])
+            if mid is not None:
+                with self._lock:
+                    self._asked[mid] = chunk
+
+    def _subscribed(self, mid: int, reasons: list[ReasonCode]) -> None:
+        with self._lock:
+            filters = self._asked.pop(mid, [])
+        for name, reason in zip(filters, reasons, strict=False):
+            if reason.is_failure:
+                words = f"the broker refused the subscription to {name}: {reason}; grant it in the broker's access rules"
+                self.refused_subscriptions[name] = words
+                self.last_error = words
+                logger.error("%s", words)
+
+    def _received(self, attempt: _Attempt, client: paho.Client, received: paho.MQTTMessage) -> None:
+        try:
+            message = Message(
+                received.topic,
+                bytes(received.payload),
+                received.retain,
+                attempt.epoch,
+                received.mid,
+                received.qos,
+                _properties_dict(received.properties),
+            )
+        except UnicodeDecodeError:
+            logger.error("a message whose topic is no UTF-8 was dropped")
+        else:
+            if self._guard(self._on_message, message):
+                return
+        # Nobody will acknowledge what could not be handed over; left open it would stall the messages behind it.
+        if self._manual_ack:
+            client.ack(received.mid, received.qos)
+
+    def _published(self, mid: int, reason: ReasonCode) -> None:
+        with self._lock:
+            handle = self._handles.pop(mid, None)
+            if handle is None:
+                self._early_acks[mid] = reason
+        if handle is not None:
+            handle.finish(_puback_words(reason))
+
+    def _dropped(self, attempt: _Attempt, flags: paho.DisconnectFlags, reason: ReasonCode) -> None:
+        if attempt.reason or self._stopping.is_set():
+            return
+        attempt.reason = _dropped_words(reason, self.client_id, self.address)
+        if flags.is_disconnect_packet_from_server and reason.value == PACKET_TOO_LARGE:
+            with self._lock:
+                largest = max((handle.payload_bytes for handle in self._handles.values()), default=0)
+            if largest:
+                attempt.learned_limit = largest
+                self.max_packet_bytes = min(self.max_packet_bytes or largest, largest)
+
+    def _connection_over(self, attempt: _Attempt) -> None:
+        with self._lock:
+            self._client = None
+            abandoned, self._handles = list(self._handles.values()), {}
+            self._early_acks.clear()
+            self._asked.clear()
+        for handle in abandoned:
+            handle.finish("connection lost")
+        if attempt.accepted_at is not None:
+            self._guard(self._on_disconnected, attempt.reason)
+
+    def _note_failure(self, attempt: _Attempt) -> None:
+        steady = attempt.accepted_at is not None and time.monotonic() - attempt.accepted_at > STEADY_SECONDS
+        self.failures = 1 if steady else self.failures + 1
+        self.last_error = attempt.reason
+        if attempt.wanted:
+            self.failures = 0
+        elif self.failures == 1:
+            logger.error("%s; trying again until it works", attempt.reason)
+        else:
+            logger.debug("%s (failure %d in a row)", attempt.reason, self.failures)
+
+    def _next_protocol(self, attempt: _Attempt) -> bool:
+        """Change the protocol version after a refusal; True if the other one is worth trying at once."""
+        if self.settings.protocol != "auto":
+            return False
+        if not attempt.reached:
+            self.protocol = "5"
+            return False
+        unanswered = attempt.accepted_at is None and attempt.refused is None
+        unsupported = attempt.refused is not None and attempt.refused.value == UNSUPPORTED_PROTOCOL_VERSION
+        if self.protocol == "5" and (unanswered or unsupported):
+            self.protocol = "3.1.1"
+            logger.info("the broker at %s does not answer MQTT 5; trying 3.1.1", self.address)
+            return True
+        if self.protocol == "3.1.1" and unanswered:
+            self.protocol = "5"
+        return False
+
+    def _pause(self) -> None:
+        longest = min(self.settings.reconnect_max_seconds, self._reconnect_min_seconds * 2 ** min(self.failures, 16))
+        seconds = longest * random.uniform(0.5, 1.0)  # noqa: S311 - jitter against reconnecting all at once
+        deadline = time.monotonic() + seconds
+        while not self._stopping.wait(min(1.0, max(0.0, deadline - time.monotonic()))):
+            self._ticked_at = time.monotonic()
+            if self._ticked_at >= deadline:
+                return
+
+    def _guard(self, callback: Callable[[Any], None] | None, argument: object) -> bool:
+        if callback is None:
+            return True
+        try:
+            callback(argument)
+        except Exception:
+            self.callback_errors += 1
+            logger.exception("a callback of the broker connection raised (%d so far)", self.callback_errors)
+            return False
+        return True
+
+    def _check_size(self, topic: str, payload: bytes, properties: dict[str, str] | None) -> None:
+        if self.max_packet_bytes is None:
+            return
+        extra = sum(5 + len(k.encode()) + len(v.encode()) for k, v in (properties or {}).items())
+        size = len(payload) + len(topic.encode()) + extra + PACKET_OVERHEAD_BYTES
+        if size > self.max_packet_bytes:
+            raise PayloadTooLarge(
+                f"a packet of {size} bytes for {topic} exceeds the broker's limit of {self.max_packet_bytes}; "
+                "raise max_packet_size at the broker or send smaller messages"
+            )
+
+
+@dataclass
+class _Attempt:
+    """What happened on one attempt to connect, from the first packet to the last."""
+
+    epoch: int = 0
+    reached: bool = False
+    refused: ReasonCode | None = None
+    accepted_at: float | None = None
+    learned_limit: int | None = None
+    reason: str = ""
+    wanted: bool = False
+
+
+def _leave_writing_to_the_loop(*_: object) -> None:
+    pass
+
+
+def _close(client: paho.Client) -> None:
+    """Close the socket without a DISCONNECT (that would cancel the last will); paho offers no public way."""
+    client._sock_close()
+    client._reset_sockets()
+
+
+def _user_properties(values: dict[str, str] | None) -> Properties | None:
+    if not values:
+        return None
+    properties = Properties(PacketTypes.PUBLISH)
+    properties.UserProperty = list(values.items())
+    return properties
+
+
+def _properties_dict(properties: Properties | None) -> dict[str, str]:
+    return dict(getattr(properties, "UserProperty", ()) or ())
+
+
+def _puback_words(reason: ReasonCode) -> str:
+    return f"refused by the broker: {reason}" if reason.is_failure else "success"
+
+
+def _read_password(settings: BrokerSettings) -> str | None:
+    if settings.password_file is None:
+        return None
+    try:
+        return settings.password_file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BrokerFilesError(
+            f"password_file {settings.password_file} cannot be read: {error}; create it, readable by this user only"
+        ) from error
+
+
+def _tls_context(settings: BrokerSettings) -> ssl.SSLContext | None:
+    if not settings.tls:
+        return None
+    try:
+        context = ssl.create_default_context(cafile=str(settings.ca_file) if settings.ca_file else None)
+    except (OSError, ssl.SSLError) as error:
+        raise BrokerFilesError(f"ca_file {settings.ca_file} cannot be used: {error}; give a PEM file with the authority") from error
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if settings.certificate_file is not None:
+        try:
+            context.load_cert_chain(str(settings.certificate_file), str(settings.key_file))
+        except (OSError, ssl.SSLError) as error:
+            raise BrokerFilesError(
+                f"certificate_file {settings.certificate_file} with key_file {settings.key_file} cannot be used: {error}; "
+                "both must be readable PEM files that belong together"
+            ) from error
+    return context
+
+
+def _connect_words(error: Exception, settings: BrokerSettings, address: str) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        cure = {
+            9: "its certificate is not valid yet: is this device's clock right?",
+            10: "its certificate has expired: renew it, or set this device's clock",
+        }.get(error.verify_code, f"is ca_file ({settings.ca_file or 'the system store'}) the authority that signed it?")
+        return f"the broker at {address} cannot be trusted: {error.verify_message}; {cure}"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS with the broker at {address} failed: {error.reason or error}; is that port the TLS listener?"
+    if isinstance(error, socket.gaierror):
+        return f"the broker's name {settings.host!r} cannot be resolved: {error.strerror}; check broker.host and the network"
+    if isinstance(error, TimeoutError):
+        return f"the broker at {address} does not answer; check the network, broker.host and any firewall"
+    return f"the broker at {address} cannot be reached: {error.strerror if isinstance(error, OSError) else error}; is it running?"
+
+
+def _refusal_words(reason: ReasonCode, settings: BrokerSettings, client_id: str, address: str) -> str:
+    if reason.value in (0x86, 0x87, 0x8C):
+        who = f"username {settings.username!r}" if settings.username else "no username"
+        certificate = "a client certificate" if settings.certificate_file else "no client certificate"
+        return (
+            f"the broker at {address} refuses the credentials ({reason}; {who}, {certificate}); "
+            "check username, password_file and certificate_file"
+        )
+    if reason.value == 0x85:
+        return f"the broker at {address} refuses the client id {client_id!r}; check its rules for client ids"
+    return f"the broker at {address} refuses the connection: {reason}"
+
+
+def _dropped_words(reason: ReasonCode, client_id: str, address: str) -> str:
+    if reason.value == 0x8E:
+        return f"another client connected to {address} under the same name {client_id!r}; every client needs its own"
+    if reason.value == PACKET_TOO_LARGE:
+        return f"the broker at {address} ended the connection: packet too large; raise its max_packet_size"
+    if reason.value == 0x80:  # paho's word for a closed socket
+        return f"the connection to the broker at {address} was lost; the network or the broker went away"
+    return f"the connection to the broker at {address} was lost: {reason}"
