@@ -1,26 +1,27 @@
 """A frame: one published message with the encoded taps of several samples, or a part of one that is too large.
 
-Layout, little-endian: magic "SFT1" | u32 header bytes | u32 crc32 of the header | msgpack header | body. The body is
-lz4 (frame format) or raw, as the header says. The bytes spooled are the bytes published are the bytes stored.
-
-Rules: every size is checked before memory is allocated for it; sizes that the header states must all agree; unknown
-header fields are ignored, an unknown version is refused; whatever cannot be accepted is a `FrameError`.
+The bytes are laid out in `envelope.py`; this module says what a header means. Sizes and counts that a header states
+must all agree with each other and with the body. The bytes spooled are the bytes published are the bytes stored.
 """
 
 from __future__ import annotations
 
 import re
-import struct
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import lz4.frame
-import msgpack
-
-from side_tuning.wire.bounded import FrameError, unpack_bounded
+from side_tuning.wire.bounded import FrameError
 from side_tuning.wire.codecs import MAX_GROUP, MAX_WIDTH, check_vectors, encoded_bytes
+from side_tuning.wire.envelope import (
+    MAX_BODY_BYTES,
+    MAX_PAYLOAD_BYTES,
+    compress,
+    inflate,
+    open_envelope,
+    read_header,
+    seal,
+)
 from side_tuning.wire.messages import (
     MAX_BLOCKS,
     MAX_LABELS,
@@ -34,17 +35,11 @@ from side_tuning.wire.topics import check_device_name
 
 Split = Literal["train", "held-out"]
 
-MAX_HEADER_BYTES = 65_536
-MAX_BODY_BYTES = 16 * 1024 * 1024
 MAX_SAMPLES = 4096
 MAX_TOKENS = 1_000_000
 MAX_PARTS = 65_535
 MIN_PART_BYTES = 1024  # room for the header of a part with the longest names
-_MAGIC = b"SFT"
-_VERSION = b"1"
-_PREFIX = struct.Struct("<4sII")  # magic with version, header bytes, crc32 of the header
 _MAX_COUNT = 2**53  # the largest whole number that every language and JSON keeps exactly
-_LZ4_MAX_RATIO = 255  # one byte of lz4 stands for at most 255
 _SPOOL = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _SAMPLE_ID = re.compile(r"([0-9a-f]{2}){1,32}")
 
@@ -118,8 +113,7 @@ def encode_frame(frame: Frame) -> bytes:
     raw = b"".join(tap.data for tap in frame.taps)
     if len(raw) > MAX_BODY_BYTES:
         raise FrameError(f"the taps take {len(raw)} bytes, a frame holds {MAX_BODY_BYTES}; put fewer samples in it")
-    compressed: bytes = lz4.frame.compress(raw, store_size=False)
-    compression, body = ("lz4", compressed) if len(compressed) < len(raw) else ("none", raw)
+    compression, body = compress(raw)
     header = {
         "kind": "frame",
         "device": frame.device,
@@ -136,10 +130,8 @@ def encode_frame(frame: Frame) -> bytes:
         "raw_bytes": len(raw),
         "compression": compression,
     }
-    payload = _seal(header, body)
-    fields = Fields({**header, **_body_fields(body)}, "frame")
-    _read_frame(fields, raw)  # a device must not spool what the coordinator would refuse
-    return payload
+    _read_frame(Fields(header, "frame"), raw)  # a device must not spool what the coordinator would refuse
+    return seal(header, body)
 
 
 def decode_frame(payload: bytes, *, max_body_bytes: int = MAX_BODY_BYTES) -> Frame:
@@ -152,10 +144,11 @@ def decode_frame(payload: bytes, *, max_body_bytes: int = MAX_BODY_BYTES) -> Fra
 
 def decode(payload: bytes, *, max_body_bytes: int = MAX_BODY_BYTES) -> Frame | Part:
     """What the gateway calls: a frame or a part of one."""
-    fields, body = _open(payload, max_body_bytes)
+    fields, body = open_envelope(payload, max_body_bytes)
     if fields.choice("kind", ("frame", "part")) == "part":
         return _read_part(fields, body)
-    return _read_frame(fields, _inflate(fields, body, max_body_bytes))
+    needed = sum(tap.size for tap in _read_tap_headers(fields))
+    return _read_frame(fields, inflate(fields, body, needed, max_body_bytes))
 
 
 def read_identity(payload: bytes) -> Identity | None:
@@ -164,7 +157,7 @@ def read_identity(payload: bytes) -> Identity | None:
     Lets a frame with a damaged body be rejected by name, so that its device gets a receipt and goes on.
     """
     try:
-        return _identity(_read_header(payload)[0])
+        return _identity(read_header(payload)[0])
     except FrameError:
         return None
 
@@ -178,12 +171,12 @@ def split_frame(payload: bytes, part_bytes: int) -> list[bytes]:
         return [payload]
     if part_bytes < MIN_PART_BYTES:
         raise FrameError(f"parts of {part_bytes} bytes are too small, use at least {MIN_PART_BYTES}")
-    fields, _body = _open(payload, MAX_BODY_BYTES)
+    fields, _body = open_envelope(payload, MAX_BODY_BYTES)
     whole = _identity(fields)
     samples = len(_read_samples(fields))
     produced = fields.integer("produced", 0, _MAX_COUNT)
 
-    def seal(index: int, count: int, data: bytes) -> bytes:
+    def part(index: int, count: int, data: bytes) -> bytes:
         header = {
             "kind": "part",
             "device": whole.device,
@@ -195,13 +188,13 @@ def split_frame(payload: bytes, part_bytes: int) -> list[bytes]:
             "samples": samples,
             "produced": produced,
         }
-        return _seal(header, data)
+        return seal(header, data)
 
-    room = part_bytes - len(seal(MAX_PARTS, MAX_PARTS, b"")) - 8  # a sequence or size may need more digits than here
+    room = part_bytes - len(part(MAX_PARTS, MAX_PARTS, b"")) - 8  # a real body's size and crc32 take up to 4 bytes more each
     count = -(-len(payload) // room)
     if count > MAX_PARTS:
         raise FrameError(f"{len(payload)} bytes make {count} parts of {part_bytes}; the limit is {MAX_PARTS}, use larger parts")
-    return [seal(index, count, payload[index * room : (index + 1) * room]) for index in range(count)]
+    return [part(index, count, payload[index * room : (index + 1) * room]) for index in range(count)]
 
 
 def join_parts(parts: Sequence[Part]) -> bytes:
@@ -217,10 +210,10 @@ def join_parts(parts: Sequence[Part]) -> bytes:
     if indexes != list(range(first.count)):
         raise FrameError(f"part: have {len(indexes)} parts of {first.count}, each is needed exactly once")
     total = sum(len(part.data) for part in ordered)
-    if total > _PREFIX.size + MAX_HEADER_BYTES + MAX_BODY_BYTES:
+    if total > MAX_PAYLOAD_BYTES:
         raise FrameError(f"part: {total} bytes together, more than a frame may have")
     payload = b"".join(part.data for part in ordered)
-    fields = _read_header(payload)[0]
+    fields = read_header(payload)[0]
     samples, produced = len(_read_samples(fields)), fields.integer("produced", 0, _MAX_COUNT)
     if _identity(fields) != Identity(first.device, first.spool, first.first):
         raise FrameError(f"part: the parts are of frame {first.first} of {first.device}, they contain {_identity(fields)}")
@@ -231,79 +224,6 @@ def join_parts(parts: Sequence[Part]) -> bytes:
 
 def _whole(part: Part) -> tuple[str, str, int, int, int, int]:
     return part.device, part.spool, part.first, part.count, part.samples, part.produced
-
-
-# Prefix, header, body.
-
-
-def _body_fields(body: bytes) -> dict[str, int]:
-    return {"body_bytes": len(body), "body_crc32": zlib.crc32(body)}
-
-
-def _seal(header: dict[str, Any], body: bytes) -> bytes:
-    packed: bytes = msgpack.packb({**header, **_body_fields(body)})
-    if len(packed) > MAX_HEADER_BYTES:
-        raise FrameError(f"header takes {len(packed)} bytes, the limit is {MAX_HEADER_BYTES}; put fewer samples in a frame")
-    return _PREFIX.pack(_MAGIC + _VERSION, len(packed), zlib.crc32(packed)) + packed + body
-
-
-def _read_header(payload: bytes) -> tuple[Fields, int]:
-    """The header and where the body starts."""
-    if len(payload) < _PREFIX.size:
-        raise FrameError(f"frame: {len(payload)} bytes are too few for a frame")
-    magic, header_bytes, header_crc32 = _PREFIX.unpack_from(payload)
-    if magic[:3] != _MAGIC:
-        raise FrameError(f"frame: starts with {magic!r}, not with {_MAGIC + _VERSION!r}")
-    if magic[3:] != _VERSION:
-        raise FrameError(f"frame: version {magic[3:]!r} is unknown here, this program reads {_VERSION!r}; update it")
-    if header_bytes > MAX_HEADER_BYTES:
-        raise FrameError(f"frame: header of {header_bytes} bytes, the limit is {MAX_HEADER_BYTES}")
-    start = _PREFIX.size + header_bytes
-    if start > len(payload):
-        raise FrameError(f"frame: cut off at {len(payload)} bytes, inside a header that ends at {start}")
-    packed = payload[_PREFIX.size : start]
-    if zlib.crc32(packed) != header_crc32:
-        raise FrameError("frame: the header does not match its crc32; it was damaged on the way")
-    return Fields(unpack_bounded(packed, max_bytes=MAX_HEADER_BYTES), "frame"), start
-
-
-def _open(payload: bytes, max_body_bytes: int) -> tuple[Fields, memoryview]:
-    """The header, and the body as it travelled, complete and undamaged."""
-    fields, start = _read_header(payload)
-    body = memoryview(payload)[start:]
-    if len(body) > max_body_bytes:
-        raise FrameError(f"frame: body of {len(body)} bytes, the limit is {max_body_bytes}")
-    stated = fields.integer("body_bytes", 0, 2**32)
-    if stated != len(body):
-        raise FrameError(f"frame: the header states a body of {stated} bytes, {len(body)} follow it")
-    if zlib.crc32(body) != fields.integer("body_crc32", 0, 2**32 - 1):
-        raise FrameError("frame: the body does not match its crc32; it was damaged on the way")
-    return fields, body
-
-
-def _inflate(fields: Fields, body: memoryview, max_body_bytes: int) -> bytes:
-    """The raw body; one layer of lz4 at most, never more memory than the header states and the limit allows."""
-    raw_bytes = fields.integer("raw_bytes", 0, 2**63)
-    if raw_bytes > max_body_bytes:
-        raise FrameError(f"frame: body inflates to {raw_bytes} bytes, the limit is {max_body_bytes}")
-    if raw_bytes != (taps_bytes := _taps_bytes(fields)):
-        raise FrameError(f"frame: body inflates to {raw_bytes} bytes, its taps need {taps_bytes}")
-    if fields.choice("compression", ("lz4", "none")) == "none":
-        if raw_bytes != len(body):
-            raise FrameError(f"frame: raw body of {len(body)} bytes, the header states {raw_bytes}")
-        return bytes(body)
-    if raw_bytes > _LZ4_MAX_RATIO * len(body):
-        raise FrameError(f"frame: {len(body)} bytes of lz4 cannot hold the {raw_bytes} that the header states")
-    decompressor = lz4.frame.LZ4FrameDecompressor()
-    try:  # one byte of room more than stated shows a body that inflates further
-        raw: bytes = decompressor.decompress(body, max_length=raw_bytes + 1)
-    except RuntimeError as error:
-        raise FrameError(f"frame: malformed lz4 body: {error}") from error
-    if len(raw) > raw_bytes:
-        raise FrameError(f"frame: body inflates past the {raw_bytes} bytes that the header states")
-    if len(raw) < raw_bytes or not decompressor.eof or decompressor.unused_data:
-        raise FrameError(f"frame: lz4 body ends early or has bytes after its end ({len(raw)} of {raw_bytes} bytes inflated)")
-    return raw
 
 
 def _identity(fields: Fields) -> Identity:
@@ -363,6 +283,8 @@ def _taps_to_header(taps: Sequence[Tap]) -> list[dict[str, Any]]:
     described = []
     offset = 0
     for tap in taps:
+        if len(tap.data) != (needed := encoded_bytes(tap.rows, tap.width, tap.codec, tap.group)):
+            raise FrameError(f"layer {tap.layer}: {len(tap.data)} bytes for {tap.rows} x {tap.width} values in {tap.codec}, not {needed}")
         described.append(
             {
                 "layer": int(tap.layer),
@@ -405,15 +327,13 @@ def _read_tap_headers(fields: Fields) -> list[_TapHeader]:
     return taps
 
 
-def _taps_bytes(fields: Fields) -> int:
-    return sum(tap.size for tap in _read_tap_headers(fields))
-
-
 def _read_frame(fields: Fields, raw: bytes) -> Frame:
     """Every field, and that the samples, the shapes and the body agree with each other."""
     identity = _identity(fields)
     samples = _read_samples(fields)
     mode: Mode = fields.choice("mode", get_args(Mode))
+    if mode == "sequence" and (empty := [sample.id for sample in samples if sample.tokens == 0]):
+        raise FrameError(f"frame: sample {empty[0]} has no tokens in sequence mode")
     rows = len(samples) if mode == "pooled" else sum(sample.tokens for sample in samples)
     taps = []
     end, last_layer = 0, 0
