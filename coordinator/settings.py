@@ -1,0 +1,215 @@
+"""Settings of the coordinator's programs: one frozen model, read from a TOML file and the environment.
+
+Precedence: environment (`COORDINATOR_BROKER__HOST=...`) over the file over defaults. Secrets stay in files that the
+settings name, never in the TOML itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from coordinator.training.settings import TrainingSettings
+from side_tuning.broker_connection import BrokerSettings
+from side_tuning.wire.messages import MAX_BLOCKS, MAX_LABELS, CodecName, Mode, Pooling
+
+ENVIRONMENT_PREFIX = "COORDINATOR_"
+EXIT_CONFIG = 78  # EX_CONFIG: a restart cannot help, so neither systemd nor the supervisor restarts on it
+
+_MIB = 1024 * 1024
+_LABEL_CHARACTERS = 128
+
+
+class ConfigError(ValueError):
+    """Settings that cannot work; the text names the setting and the cure."""
+
+
+def _check_labels(labels: tuple[str, ...]) -> tuple[str, ...]:
+    repeated = sorted({label for label in labels if labels.count(label) > 1})
+    if repeated:
+        raise ValueError(f"label {repeated[0]!r} is listed twice; name every class once")
+    if wrong := [label for label in labels if not 0 < len(label) <= _LABEL_CHARACTERS]:
+        raise ValueError(f"label {wrong[0][:40]!r} has {len(wrong[0])} characters; use 1 to {_LABEL_CHARACTERS}")
+    return labels
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TaskSettings(_Section):
+    """What the side network learns: a class per label, in this order for ever (a label travels as its index)."""
+
+    labels: Annotated[tuple[str, ...], AfterValidator(_check_labels)] = Field(min_length=2, max_length=MAX_LABELS)
+
+
+class PlanSettings(_Section):
+    """What the devices send (METHOD: taps, codec). A change here becomes a new version of the fleet's tap plan."""
+
+    blocks: int | None = Field(default=None, ge=1, le=MAX_BLOCKS)  # none: as deep as the shallowest registered backbone
+    max_blocks: int = Field(default=12, ge=1, le=MAX_BLOCKS)  # the cap when `blocks` is chosen for you; bytes grow with it
+    mode: Mode = "pooled"
+    pooling: Pooling = "mean"
+    codec: CodecName = "int4"
+    group: int = Field(default=128, ge=0, le=128)
+    rank: int = Field(default=32, ge=1, le=256)
+    max_tokens: int = Field(default=128, ge=1, le=8192)
+    frame_samples: int = Field(default=64, ge=1, le=4096)
+    frame_bytes: int = Field(default=131_072, ge=1024, le=16 * _MIB)
+    linger_seconds: float = Field(default=2.0, ge=0, le=3600)
+
+
+class GatewaySettings(_Section):
+    """How messages become rows. Everything that waits is bounded."""
+
+    client_id: str = Field(default="coordinator-gateway", min_length=1, max_length=64)
+    session_expiry_seconds: int = Field(default=7 * 86_400, ge=0)  # how long the broker queues for an absent gateway
+    receive_maximum: int = Field(default=256, ge=1, le=65_535)  # four batches under way, so that commits overlap with receiving
+    queue_messages: int = Field(default=4096, ge=1)
+    queue_bytes: int = Field(default=256 * _MIB, ge=_MIB)
+    batch_frames: int = Field(default=64, ge=1, le=1024)
+    batch_seconds: float = Field(default=0.02, ge=0, le=1)
+    receipt_seconds: float = Field(default=0.05, ge=0, le=10)  # receipts of one device are at least this far apart
+    report_seconds: float = Field(default=60.0, gt=0)
+    max_body_bytes: int = Field(default=16 * _MIB, ge=1024, le=64 * _MIB)  # of one decoded frame
+
+
+class RetentionSettings(_Section):
+    """How long frame bodies are kept; nothing set means for ever (an activation never goes stale)."""
+
+    max_age_days: float | None = Field(default=None, gt=0)
+    max_bytes: int | None = Field(default=None, gt=0)
+    every_seconds: float = Field(default=600.0, gt=0)
+
+
+class PublishingSettings(_Section):
+    """How plans and checkpoints go out."""
+
+    poll_seconds: float = Field(default=1.0, gt=0)
+    part_bytes: int = Field(default=131_072, ge=1024, le=16 * _MIB)  # passes every broker's default packet limit
+
+
+class CoordinatorSettings(BaseSettings):
+    """Everything that `coordinator` programs can be told."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENVIRONMENT_PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid", toml_file=None
+    )
+
+    data_directory: Path
+    database_url: str = Field(default="", validate_default=True)
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    broker: BrokerSettings
+    task: TaskSettings
+    plan: PlanSettings = PlanSettings()
+    training: TrainingSettings = TrainingSettings()
+    gateway: GatewaySettings = GatewaySettings()
+    publishing: PublishingSettings = PublishingSettings()
+    retention: RetentionSettings = RetentionSettings()
+
+    @field_validator("data_directory")
+    @classmethod
+    def _expand_home(cls, value: Path) -> Path:
+        return value.expanduser()
+
+    @field_validator("database_url")
+    @classmethod
+    def _default_database(cls, value: str, info: ValidationInfo) -> str:
+        if value or "data_directory" not in info.data:
+            return value
+        return f"sqlite:///{info.data['data_directory'] / 'coordinator.db'}"
+
+    @property
+    def signing_key_file(self) -> Path:
+        return self.data_directory / "checkpoint-signing.key"
+
+    @property
+    def public_key_file(self) -> Path:
+        """The public half in hexadecimal: what goes to every device as `checkpoint.public_key_file`."""
+        return self.data_directory / "checkpoint-signing.pub"
+
+    @property
+    def checkpoints_directory(self) -> Path:
+        return self.data_directory / "checkpoints"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # `load_settings` hands the file's content in as arguments; the environment goes before it.
+        return env_settings, init_settings
+
+
+def load_settings(path: Path | None) -> CoordinatorSettings:
+    """The effective settings from `path` (if any) and the environment.
+
+    Raises:
+        ConfigError: the file is missing or no TOML, or a value is missing, unknown or out of range; names each one.
+    """
+    content: dict[str, Any] = {}
+    if path is not None:
+        try:
+            content = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"configuration file {path} cannot be read: {error.strerror}; give the right path with --config") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"configuration file {path} is no valid TOML: {error}") from error
+    try:
+        return CoordinatorSettings(**content)
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, item['loc'])) or 'settings'}: {_complaint(item)}" for item in error.errors()]
+        where = f"configuration file {path}" if path else "settings"
+        raise ConfigError("\n".join([f"{where} cannot be used:", *lines])) from error
+
+
+def _complaint(item: Any) -> str:
+    if item["type"] == "missing":
+        return "is missing; set it in the file or in the environment"
+    if item["type"] == "extra_forbidden":
+        return "is unknown; check the spelling"
+    return f"{item['msg']} (got {item['input']!r:.80})"
+
+
+def describe_settings(settings: CoordinatorSettings) -> str:
+    """The effective settings as `name = value` lines. Passwords in a database URL are masked; files are only named."""
+    lines: list[str] = []
+
+    def walk(prefix: str, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                walk(f"{prefix}{name}.", value)
+            elif value is not None:
+                lines.append(f"{prefix}{name} = {value!r}")
+
+    shown = settings.model_dump(mode="json")
+    shown["database_url"] = _mask_password(shown["database_url"])
+    walk("", shown)
+    return "\n".join(lines)
+
+
+def _mask_password(url: str) -> str:
+    scheme, separator, rest = url.partition("://")
+    login, at, host = rest.rpartition("@")
+    if not at or ":" not in login:
+        return url
+    return f"{scheme}{separator}{login.split(':', 1)[0]}:***@{host}"
+
+
+def configure_logging(settings: CoordinatorSettings, program: str) -> None:
+    """One line per event on stderr, with the program's name; called once, in `main`."""
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        format=f"%(asctime)s %(levelname)-7s {program}: %(message)s",
+        datefmt="%H:%M:%S",
+        force=True,
+    )
