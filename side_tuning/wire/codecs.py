@@ -27,9 +27,9 @@ MAX_WIDTH = 65_536
 LARGEST_FP16 = 65_504.0
 # Room for zero and scale to be rounded outwards and still be finite in float32.
 LARGEST_AFFINE = 1e38
-# Four levels spread from minimum to maximum waste two of them on the tails of a bell-shaped group (relative error
-# 0.50 on Gaussian values, 0.36 with the best of these shares of the range). Sixteen levels gain nothing.
-_INT2_RANGE_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+# With few levels it pays to clip the tails: of these shares of a group's range the one that loses least is used.
+# Measured on MiniLM's pooled layers 2, 4, 6 of trec: int2 0.84, 0.77, 0.51 -> 0.56, 0.56, 0.35; int4 5 % less error.
+_RANGE_SHARES = {2: (0.9, 0.8, 0.7, 0.6, 0.5, 0.4), 4: (0.9, 0.8, 0.7), 8: ()}
 
 
 @dataclass(frozen=True)
@@ -159,15 +159,12 @@ def _affine_encode(bits: int, values: Floats, group: int) -> bytes:
         raise FrameError(f"int{bits} holds at most {LARGEST_AFFINE:g}, the vectors reach {largest:g}")
     rows, width = values.shape
     count, size = _groups(width, group)
-    levels = 2**bits - 1
     if short := count * size - width:  # repeating a value changes neither minimum nor maximum
         values = np.concatenate([values, np.repeat(values[:, -1:], short, axis=1)], axis=1)
     blocks = values.reshape(rows, count, size)
     low, high = blocks.min(axis=2), blocks.max(axis=2)
-    zero, scale = _grid(low, high, levels)
-    if bits == 2:
-        zero, scale = _best_grid(blocks, low, high, levels)
-    codes = _codes(blocks, zero, scale, levels).reshape(rows, count * size)[:, :width]
+    zero, scale = _best_grid(blocks, low, high, bits)
+    codes = _steps(blocks, zero, scale, 2**bits - 1).astype(np.uint8).reshape(rows, count * size)[:, :width]
     return _to_bfloat16(zero) + _to_bfloat16(scale) + _pack(codes, bits).tobytes()
 
 
@@ -210,29 +207,44 @@ def _grid(low: Floats, high: Floats, levels: int) -> tuple[Floats, Floats]:
     return zero, scale
 
 
-def _best_grid(blocks: Floats, low: Floats, high: Floats, levels: int) -> tuple[Floats, Floats]:
-    """The grid over a share of the range that loses least in each group; the tails are clipped."""
+def _best_grid(blocks: Floats, low: Floats, high: Floats, bits: int) -> tuple[Floats, Floats]:
+    """The grid over low..high, or over a share of it around its middle where that loses less in a group."""
+    levels = 2**bits - 1
+    zero, scale = _grid(low, high, levels)
+    shares = _RANGE_SHARES[bits]
+    if not shares:
+        return zero, scale
+    lost = _loss(blocks, zero, scale, levels)
     half = (high - low) / np.float32(2)
     middle = low + half
-    best_zero, best_scale = _grid(low, high, levels)
-    best_loss = np.full(low.shape, np.inf, dtype=np.float64)
-    for share in _INT2_RANGE_SHARES:
+    for share in shares:
         reach = half * np.float32(share)
-        zero, scale = (best_zero, best_scale) if share == 1.0 else _grid(middle - reach, middle + reach, levels)
-        restored = _codes(blocks, zero, scale, levels) * scale[:, :, None] + zero[:, :, None]
-        loss = np.square(restored - blocks, dtype=np.float64).sum(axis=2)
-        better = loss < best_loss
-        best_loss = np.where(better, loss, best_loss)
-        best_zero, best_scale = np.where(better, zero, best_zero), np.where(better, scale, best_scale)
-    return best_zero, best_scale
+        other_zero, other_scale = _grid(middle - reach, middle + reach, levels)
+        other_lost = _loss(blocks, other_zero, other_scale, levels)
+        better = other_lost < lost
+        lost = np.where(better, other_lost, lost)
+        zero, scale = np.where(better, other_zero, zero), np.where(better, other_scale, scale)
+    return zero, scale
 
 
-def _codes(blocks: Floats, zero: Floats, scale: Floats, levels: int) -> NDArray[np.uint8]:
+def _loss(blocks: Floats, zero: Floats, scale: Floats, levels: int) -> Floats:
+    """Squared error of each group in steps of its own largest value, so that it neither under- nor overflows."""
+    lost = _steps(blocks, zero, scale, levels)
+    lost *= scale[:, :, None]
+    lost += zero[:, :, None]
+    lost -= blocks
+    largest = np.maximum(np.abs(blocks.max(axis=2)), np.abs(blocks.min(axis=2)))
+    lost /= np.where(largest > 0, largest, np.float32(1))[:, :, None]
+    return np.einsum("rgi,rgi->rg", lost, lost)
+
+
+def _steps(blocks: Floats, zero: Floats, scale: Floats, levels: int) -> Floats:
+    """The codes, still as floats."""
     steps = blocks - zero[:, :, None]
     steps /= np.where(scale > 0, scale, np.float32(1))[:, :, None]
     np.rint(steps, out=steps)
     np.clip(steps, 0, levels, out=steps)
-    return steps.astype(np.uint8)
+    return steps
 
 
 def _bfloat16_outwards(values: Floats, *, downwards: bool) -> Floats:
