@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import logging
 import random
-import socket
 import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import paho.mqtt.client as paho
@@ -24,8 +22,25 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersi
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from typing_extensions import Self
+
+from side_tuning.broker_failures import (
+    PACKET_TOO_LARGE,
+    UNSUPPORTED_PROTOCOL_VERSION,
+    connect_words,
+    dropped_words,
+    refusal_words,
+)
+from side_tuning.broker_settings import BrokerFilesError, BrokerSettings, read_password, tls_context
+
+__all__ = [
+    "BrokerConnection",
+    "BrokerFilesError",
+    "BrokerSettings",
+    "Connected",
+    "Message",
+    "PayloadTooLarge",
+    "PublishHandle",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -33,40 +48,6 @@ CONNECT_TIMEOUT_SECONDS = 10.0
 LOOP_SECONDS = 0.5
 STEADY_SECONDS = 5.0  # a connection that lasts this long starts the back-off anew; shorter ones are ping-pong
 PACKET_OVERHEAD_BYTES = 16  # fixed header, topic length, packet id, property length
-UNSUPPORTED_PROTOCOL_VERSION = 0x84
-PACKET_TOO_LARGE = 0x95
-
-
-class BrokerSettings(BaseModel):
-    """Where the broker is and how to prove who we are. Shared by the agent's and the coordinator's settings."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    host: str = Field(min_length=1)
-    port: int = Field(8883, ge=1, le=65_535)
-    protocol: Literal["auto", "5", "3.1.1"] = "auto"
-    username: str | None = None
-    password_file: Path | None = None
-    ca_file: Path | None = None
-    certificate_file: Path | None = None
-    key_file: Path | None = None
-    tls: bool = True
-    keepalive_seconds: int = Field(60, ge=5, le=3600)
-    reconnect_max_seconds: float = Field(30.0, gt=0, le=600)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if (self.certificate_file is None) != (self.key_file is None):
-            raise ValueError("broker: certificate_file and key_file go together; give both or neither")
-        if not self.tls and (self.ca_file or self.certificate_file):
-            raise ValueError("broker: tls is false but certificate files are given; set tls = true or drop the files")
-        if self.password_file and not self.username:
-            raise ValueError("broker: password_file needs a username")
-        return self
-
-
-class BrokerFilesError(ValueError):
-    """A certificate, key or password file that the settings name cannot be used; the text says which and why."""
 
 
 class PayloadTooLarge(ValueError):  # noqa: N818 - reads as what happened
@@ -193,8 +174,8 @@ class BrokerConnection:
         self._receive_maximum = receive_maximum
         self._reconnect_min_seconds = reconnect_min_seconds
         self._keepalive_wanted = settings.keepalive_seconds
-        self._tls = _tls_context(settings)
-        self._password = _read_password(settings)
+        self._tls = tls_context(settings)
+        self._password = read_password(settings)
 
         self._lock = threading.Lock()  # guards the fields below; never held while paho is called
         self._client: paho.Client | None = None  # the accepted connection's client, else None
@@ -213,6 +194,7 @@ class BrokerConnection:
         self.protocol: Literal["5", "3.1.1"] = "3.1.1" if settings.protocol == "3.1.1" else "5"
         self.last_error = ""
         self.failures = 0  # in a row
+        self._brief_connections = 0  # in a row, accepted but lost at once
         self.refused_subscriptions: dict[str, str] = {}
         self.callback_errors = 0
 
@@ -372,7 +354,7 @@ class BrokerConnection:
         try:
             client.connect(self.settings.host, self.settings.port, self._keepalive_wanted, **self._mqtt5_options())
         except (OSError, ssl.CertificateError) as error:
-            attempt.reason = _connect_words(error, self.settings, self.address)
+            attempt.reason = connect_words(error, self.settings, self.address)
             return
         attempt.reached = True
         deadline = time.monotonic() + CONNECT_TIMEOUT_SECONDS
@@ -421,7 +403,7 @@ class BrokerConnection:
     def _mqtt5_options(self) -> dict[str, Any]:
         if self.protocol != "5":
             return {}
-        properties = Properties(PacketTypes.CONNECT)
+        properties = _properties(PacketTypes.CONNECT)
         if self._session_expiry_seconds:
             properties.SessionExpiryInterval = self._session_expiry_seconds
         if self._receive_maximum:
@@ -433,7 +415,7 @@ class BrokerConnection:
     ) -> None:
         if reason.is_failure:
             attempt.refused = reason
-            attempt.reason = _refusal_words(reason, self.settings, self.client_id, self.address)
+            attempt.reason = refusal_words(reason.value, str(reason), self.settings, self.client_id, self.address)
             return
         stated = vars(properties) if properties is not None else {}
         self.keepalive_seconds = stated.get("ServerKeepAlive", self._keepalive_wanted)
@@ -508,7 +490,7 @@ class BrokerConnection:
     def _dropped(self, attempt: _Attempt, flags: paho.DisconnectFlags, reason: ReasonCode) -> None:
         if attempt.reason or self._stopping.is_set():
             return
-        attempt.reason = _dropped_words(reason, self.client_id, self.address)
+        attempt.reason = dropped_words(reason.value, str(reason), self.client_id, self.address)
         if flags.is_disconnect_packet_from_server and reason.value == PACKET_TOO_LARGE:
             with self._lock:
                 largest = max((handle.payload_bytes for handle in self._handles.values()), default=0)
@@ -533,10 +515,15 @@ class BrokerConnection:
         self.last_error = attempt.reason
         if attempt.wanted:
             self.failures = 0
-        elif self.failures == 1:
-            logger.error("%s; trying again until it works", attempt.reason)
+            return
+        # mosquitto 2.0 says nothing when it throws a client out for a namesake; the pattern gives it away.
+        self._brief_connections = self._brief_connections + 1 if attempt.accepted_at is not None and not steady else 0
+        if self._brief_connections >= 2:
+            self.last_error = f"{attempt.reason}, again within seconds; does another client use the name {self.client_id!r} too?"
+        if self.failures == 1:
+            logger.error("%s; trying again until it works", self.last_error)
         else:
-            logger.debug("%s (failure %d in a row)", attempt.reason, self.failures)
+            logger.debug("%s (failure %d in a row)", self.last_error, self.failures)
 
     def _next_protocol(self, attempt: _Attempt) -> bool:
         """Change the protocol version after a refusal; True if the other one is worth trying at once."""
@@ -610,10 +597,14 @@ def _close(client: paho.Client) -> None:
     client._reset_sockets()
 
 
+def _properties(packet_type: int) -> Properties:
+    return Properties(packet_type)  # type: ignore[no-untyped-call]
+
+
 def _user_properties(values: dict[str, str] | None) -> Properties | None:
     if not values:
         return None
-    properties = Properties(PacketTypes.PUBLISH)
+    properties = _properties(PacketTypes.PUBLISH)
     properties.UserProperty = list(values.items())
     return properties
 
@@ -624,72 +615,3 @@ def _properties_dict(properties: Properties | None) -> dict[str, str]:
 
 def _puback_words(reason: ReasonCode) -> str:
     return f"refused by the broker: {reason}" if reason.is_failure else "success"
-
-
-def _read_password(settings: BrokerSettings) -> str | None:
-    if settings.password_file is None:
-        return None
-    try:
-        return settings.password_file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BrokerFilesError(
-            f"password_file {settings.password_file} cannot be read: {error}; create it, readable by this user only"
-        ) from error
-
-
-def _tls_context(settings: BrokerSettings) -> ssl.SSLContext | None:
-    if not settings.tls:
-        return None
-    try:
-        context = ssl.create_default_context(cafile=str(settings.ca_file) if settings.ca_file else None)
-    except (OSError, ssl.SSLError) as error:
-        raise BrokerFilesError(f"ca_file {settings.ca_file} cannot be used: {error}; give a PEM file with the authority") from error
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if settings.certificate_file is not None:
-        try:
-            context.load_cert_chain(str(settings.certificate_file), str(settings.key_file))
-        except (OSError, ssl.SSLError) as error:
-            raise BrokerFilesError(
-                f"certificate_file {settings.certificate_file} with key_file {settings.key_file} cannot be used: {error}; "
-                "both must be readable PEM files that belong together"
-            ) from error
-    return context
-
-
-def _connect_words(error: Exception, settings: BrokerSettings, address: str) -> str:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        cure = {
-            9: "its certificate is not valid yet: is this device's clock right?",
-            10: "its certificate has expired: renew it, or set this device's clock",
-        }.get(error.verify_code, f"is ca_file ({settings.ca_file or 'the system store'}) the authority that signed it?")
-        return f"the broker at {address} cannot be trusted: {error.verify_message}; {cure}"
-    if isinstance(error, ssl.SSLError):
-        return f"TLS with the broker at {address} failed: {error.reason or error}; is that port the TLS listener?"
-    if isinstance(error, socket.gaierror):
-        return f"the broker's name {settings.host!r} cannot be resolved: {error.strerror}; check broker.host and the network"
-    if isinstance(error, TimeoutError):
-        return f"the broker at {address} does not answer; check the network, broker.host and any firewall"
-    return f"the broker at {address} cannot be reached: {error.strerror if isinstance(error, OSError) else error}; is it running?"
-
-
-def _refusal_words(reason: ReasonCode, settings: BrokerSettings, client_id: str, address: str) -> str:
-    if reason.value in (0x86, 0x87, 0x8C):
-        who = f"username {settings.username!r}" if settings.username else "no username"
-        certificate = "a client certificate" if settings.certificate_file else "no client certificate"
-        return (
-            f"the broker at {address} refuses the credentials ({reason}; {who}, {certificate}); "
-            "check username, password_file and certificate_file"
-        )
-    if reason.value == 0x85:
-        return f"the broker at {address} refuses the client id {client_id!r}; check its rules for client ids"
-    return f"the broker at {address} refuses the connection: {reason}"
-
-
-def _dropped_words(reason: ReasonCode, client_id: str, address: str) -> str:
-    if reason.value == 0x8E:
-        return f"another client connected to {address} under the same name {client_id!r}; every client needs its own"
-    if reason.value == PACKET_TOO_LARGE:
-        return f"the broker at {address} ended the connection: packet too large; raise its max_packet_size"
-    if reason.value == 0x80:  # paho's word for a closed socket
-        return f"the connection to the broker at {address} was lost; the network or the broker went away"
-    return f"the connection to the broker at {address} was lost: {reason}"

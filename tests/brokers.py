@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
@@ -113,7 +114,8 @@ def mosquitto(
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / f"mosquitto-{port}.conf"
     config.write_text(
-        f"per_listener_settings false\nlog_type all\nset_tcp_nodelay true\n{extra}\n"
+        # Started as root (containers), mosquitto would drop to a user that cannot read the test's files.
+        f"per_listener_settings false\nlog_type all\n{'user root' if os.geteuid() == 0 else ''}\nset_tcp_nodelay true\n{extra}\n"
         f"allow_anonymous {'true' if anonymous else 'false'}\nlistener {port} 127.0.0.1\n{listener_extra}\n"
     )
     broker = RunningBroker([program, "-c", str(config)], port, folder / f"mosquitto-{port}.log")
