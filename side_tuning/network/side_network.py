@@ -1,0 +1,145 @@
+"""The side network: a gated ladder over aligned activations, with a classification head.
+
+    z_0 = 0;  z_b = Block_b(g_b * z_{b-1} + (1 - g_b) * x_b),  g_b = sigmoid(a_b / T),  T = 0.1, a_b = 0 at the start
+    logits = Head(Norm(pool(z_B)))
+
+Block_b is a pre-norm residual block: an MLP for `pooled` taps, a small transformer layer for `sequence` taps. It knows
+tapped widths and block numbers, never the backbone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from side_tuning.network.alignment import Alignment
+from side_tuning.wire.messages import Mode
+
+GATE_TEMPERATURE = 0.1
+
+
+@dataclass(frozen=True)
+class SideNetworkConfig:
+    """Everything that fixes the shapes and the arithmetic of a `SideNetwork`."""
+
+    side_width: int
+    blocks: int
+    classes: int
+    mode: Mode
+    heads: int = 4  # `sequence` mode
+    expansion: int = 2  # hidden width of the MLPs, in side widths
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.mode == "sequence" and self.side_width % self.heads:
+            raise ValueError(f"side width {self.side_width} is no multiple of {self.heads} heads; choose another side width")
+
+
+class MlpBlock(nn.Module):
+    """Pre-norm residual MLP."""
+
+    def __init__(self, config: SideNetworkConfig) -> None:
+        super().__init__()
+        hidden = config.side_width * config.expansion
+        self.norm = nn.LayerNorm(config.side_width)
+        self.up = nn.Linear(config.side_width, hidden)
+        self.down = nn.Linear(hidden, config.side_width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, h: Tensor, mask: Tensor | None) -> Tensor:
+        return h + self.dropout(self.down(self.dropout(F.gelu(self.up(self.norm(h))))))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm self-attention over the real tokens, then the MLP.
+
+    No positions are added: the backbone's hidden states carry them.
+    """
+
+    def __init__(self, config: SideNetworkConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.norm = nn.LayerNorm(config.side_width)
+        self.query_key_value = nn.Linear(config.side_width, 3 * config.side_width)
+        self.out = nn.Linear(config.side_width, config.side_width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.mlp = MlpBlock(config)
+
+    def forward(self, h: Tensor, mask: Tensor | None) -> Tensor:
+        N, T, s = h.shape
+        qkv = self.query_key_value(self.norm(h)).view(N, T, 3, self.heads, s // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, T, s / heads)
+        scores = q @ k.transpose(-1, -2) * (s // self.heads) ** -0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None, None, :], float("-inf"))
+        mixed = (torch.softmax(scores, dim=-1) @ v).transpose(1, 2).reshape(N, T, s)
+        return self.mlp(h + self.dropout(self.out(mixed)), mask)
+
+
+class SideNetwork(nn.Module):
+    """Aligned taps `(N, B, s)`, or `(N, B, T, s)` with a mask `(N, T)`, to logits `(N, classes)`."""
+
+    def __init__(self, config: SideNetworkConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gate_logits = nn.Parameter(torch.zeros(config.blocks))
+        block = MlpBlock if config.mode == "pooled" else TransformerBlock
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.blocks))
+        self.norm = nn.LayerNorm(config.side_width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.head = nn.Linear(config.side_width, config.classes)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        wanted = (self.config.blocks, self.config.side_width)
+        if (x.shape[1], x.shape[-1]) != wanted or x.dim() != (3 if self.config.mode == "pooled" else 4):
+            raise ValueError(f"side inputs of shape {tuple(x.shape)} do not fit {wanted[0]} blocks of width {wanted[1]}")
+        z = torch.zeros_like(x[:, 0])
+        gates = torch.sigmoid(self.gate_logits / GATE_TEMPERATURE)
+        for b, block in enumerate(self.blocks):
+            z = block(gates[b] * z + (1 - gates[b]) * x[:, b], mask)
+        return self.head(self.dropout(self.norm(self._pool(z, mask))))
+
+    def _pool(self, z: Tensor, mask: Tensor | None) -> Tensor:
+        if self.config.mode == "pooled":
+            return z
+        if mask is None:
+            return z.mean(1)
+        real = mask.unsqueeze(-1).to(z.dtype)
+        # where(), not a product: whatever stands in the padding, even inf, must not reach the sum.
+        return torch.where(mask.unsqueeze(-1), z, 0.0).sum(1) / real.sum(1).clamp(min=1.0)
+
+
+def block_inputs(taps: dict[int, np.ndarray], layers_per_block: tuple[int, ...]) -> np.ndarray:
+    """Stack taps `(N, d)` or `(N, T, d)` into `(N, B, ...)`; a layer that stands for two blocks is repeated."""
+    missing = sorted(set(layers_per_block) - set(taps))
+    if missing:
+        raise ValueError(f"taps of layers {missing} are missing; there are taps of layers {sorted(taps)}")
+    return np.stack([taps[layer] for layer in layers_per_block], axis=1)
+
+
+def pad_tokens(rows: np.ndarray, tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Token rows of several samples `(sum(tokens), ...)` to `(N, T, ...)` and the mask `(N, T)`, true at real tokens."""
+    if sum(tokens) != len(rows):
+        raise ValueError(f"{len(rows)} token rows, but the samples count {sum(tokens)} tokens")
+    counts = np.asarray(tokens)
+    mask = np.arange(max(tokens, default=0)) < counts[:, None]
+    padded = np.zeros((*mask.shape, *rows.shape[1:]), rows.dtype)
+    padded[mask] = rows
+    return padded, mask
+
+
+def predict_logits(alignment: Alignment, ladder: SideNetwork, inputs: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    """Logits `(N, classes)` for block inputs `(N, B, d)` or `(N, B, T, d)`; the device and the evaluation both call this."""
+    at = ladder.head.weight.device
+    was_training = ladder.training
+    ladder.eval()
+    with torch.inference_mode():
+        x = torch.from_numpy(np.ascontiguousarray(inputs, np.float32)).to(at)
+        real = None if mask is None else torch.from_numpy(mask).to(at)
+        logits = ladder(alignment(x), real).cpu().numpy()
+    ladder.train(was_training)
+    return logits

@@ -1,0 +1,100 @@
+"""A ladder or alignment file is used only if every tensor fits its configuration and is finite."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from side_tuning.network.alignment import Alignment
+from side_tuning.network.files import (
+    NetworkFileError,
+    load_alignment,
+    load_ladder,
+    save_alignment,
+    save_ladder,
+)
+from side_tuning.network.side_network import SideNetwork, SideNetworkConfig
+
+LADDER = {"kind": "ladder", "side_width": 8, "blocks": 2, "classes": 3, "mode": "pooled", "heads": 4, "expansion": 2, "dropout": 0.1}
+
+
+def ladder_file(changes: dict[str, torch.Tensor | None] | None = None, **config: object) -> bytes:
+    tensors = dict(SideNetwork(SideNetworkConfig(8, 2, 3, "pooled")).state_dict())
+    for name, tensor in (changes or {}).items():
+        if tensor is None:
+            del tensors[name]
+        else:
+            tensors[name] = tensor
+    return save(tensors, {"config": json.dumps({**LADDER, **config})})
+
+
+@pytest.mark.parametrize("mode", ["pooled", "sequence"])
+def test_ladder_comes_back_bit_for_bit(tmp_path: Path, mode: str) -> None:
+    ladder = SideNetwork(SideNetworkConfig(8, 2, 3, mode, heads=2, dropout=0.25))
+    data = save_ladder(ladder, tmp_path / "ladder.safetensors")
+    for source in (data, tmp_path / "ladder.safetensors"):
+        loaded = load_ladder(source)
+        assert loaded.config == ladder.config
+        assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in ladder.state_dict().items())
+        assert not loaded.training
+
+
+@pytest.mark.parametrize("width", [6, 2048])
+def test_alignment_comes_back_bit_for_bit(width: int) -> None:
+    alignment = Alignment(width, 8, 2)
+    alignment.observe(torch.randn(5, 2, width))
+    loaded = load_alignment(save_alignment(alignment))
+    assert loaded.config == alignment.config
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in alignment.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (ladder_file({"head.weight": torch.zeros(4, 8)}), "head.weight"),
+        (ladder_file({"head.weight": torch.zeros(3, 8, dtype=torch.float16)}), "head.weight"),
+        (ladder_file({"head.weight": torch.full((3, 8), float("nan"))}), "not finite"),
+        (ladder_file({"norm.bias": torch.full((8,), float("inf"))}), "not finite"),
+        (ladder_file({"head.bias": None}), "head.bias"),
+        (ladder_file({"stray": torch.zeros(1)}), "stray"),
+        (ladder_file(side_width=16), "gate|norm|head|blocks"),
+        (ladder_file(side_width=1 << 40), "side_width"),
+        (ladder_file(blocks=0), "blocks"),
+        (ladder_file(classes="3"), "classes"),
+        (ladder_file(mode="other"), "mode"),
+        (ladder_file(dropout=2.0), "dropout"),
+        (ladder_file(mode="sequence", heads=3), "heads"),
+        (ladder_file(kind="alignment"), "kind"),
+        (save(dict(SideNetwork(SideNetworkConfig(8, 2, 3, "pooled")).state_dict())), "configuration"),
+        (b"", "0 bytes"),
+        (b"\xff" * 100, "100 bytes"),
+        (b"[" * 5000, "no safetensors"),
+        ((4000).to_bytes(8, "little") + b"[" * 4000, "configuration"),
+    ],
+)
+def test_ladder_files_that_do_not_fit_are_refused(data: bytes, why: str) -> None:
+    with pytest.raises(NetworkFileError, match=why):
+        load_ladder(data)
+
+
+def test_truncated_files_are_refused_at_every_length() -> None:
+    data = ladder_file()
+    for length in range(0, len(data), 37):
+        with pytest.raises(NetworkFileError):
+            load_ladder(data[:length])
+
+
+def test_alignment_with_a_negative_variance_is_refused() -> None:
+    alignment = Alignment(6, 8, 2)
+    alignment.variance.fill_(-1.0)
+    with pytest.raises(NetworkFileError, match="variance"):
+        load_alignment(save_alignment(alignment))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(NetworkFileError, match="absent"):
+        load_ladder(tmp_path / "absent.safetensors")
