@@ -7,11 +7,19 @@ settings name, never in the TOML itself.
 from __future__ import annotations
 
 import logging
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+import tomllib
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from coordinator.training.settings import TrainingSettings
@@ -155,6 +163,7 @@ def load_settings(path: Path | None) -> CoordinatorSettings:
 
     Raises:
         ConfigError: the file is missing or no TOML, or a value is missing, unknown or out of range; names each one.
+
     """
     content: dict[str, Any] = {}
     if path is not None:
