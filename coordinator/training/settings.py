@@ -1,0 +1,47 @@
+"""Settings of the trainer. The defaults come from docs/lab-notes.md."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class TrainingSettings(BaseModel):
+    """How the side network is trained from what is stored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: int = Field(default=1, ge=1)
+
+    # The side network. A change here starts a new run.
+    side_width: int = Field(default=128, ge=8, le=4096)
+    heads: int = Field(default=4, ge=1, le=64)  # `sequence` mode
+    expansion: int = Field(default=2, ge=1, le=8)
+    dropout: float = Field(default=0.3, ge=0, lt=1)
+
+    # The step.
+    batch_size: int = Field(default=128, ge=1)
+    learning_rate: float = Field(default=2e-3, gt=0)
+    warmup_steps: int = Field(default=50, ge=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+    gradient_clip: float = Field(default=1.0, gt=0)
+    ema_decay: float = Field(default=0.998, ge=0, lt=1)  # weights that are evaluated and sent out: a running mean
+
+    # The sampler (METHOD: sampling). Shares go by stored samples to the power of tau: 1 every sample alike, 0 every device alike.
+    tau: float = Field(default=0.5, ge=0, le=1)
+    class_tau: float = Field(default=0.5, ge=0, le=1)  # the same between the classes within one device
+    min_samples: int = Field(default=256, ge=1)  # stored train samples before the first step
+    replay_ratio: float = Field(default=30.0, gt=0)  # samples drawn in all, per stored train sample
+    replay_cap: int = Field(default=120, ge=1)  # draws of any one sample
+
+    # Rhythm.
+    poll_seconds: float = Field(default=1.0, gt=0)
+    settle_seconds: float = Field(default=3.0, ge=0)  # without a step for this long, evaluate and save what is new
+    evaluate_every_seconds: float = Field(default=15.0, gt=0)
+    evaluate_samples: int = Field(default=20_000, ge=1)  # held-out samples looked at, spread evenly over all of them
+    checkpoint_every_seconds: float = Field(default=60.0, gt=0)
+    keep_checkpoints: int = Field(default=5, ge=2)
