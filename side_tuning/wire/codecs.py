@@ -171,7 +171,7 @@ def _affine_encode(bits: int, values: Floats, group: int) -> bytes:
 def _affine_decode(bits: int, data: bytes, rows: int, width: int, group: int) -> Floats:
     zero, scale = _read_grid(data, rows, width, group)
     count, size = _groups(width, group)
-    packed = np.frombuffer(data, dtype=np.uint8, offset=4 * rows * count).reshape(rows, -1)
+    packed = np.frombuffer(data, dtype=np.uint8, offset=4 * rows * count).reshape(rows, -(-width * bits // 8))
     codes = _unpack(packed, bits)[:, :width]
     values = np.zeros((rows, count * size), dtype=np.float32)
     values[:, :width] = codes
