@@ -1,0 +1,386 @@
+"""Pre-scale and quantize a Hugging Face model into a backbone artifact that devices load.
+
+Main flow: `prepare`. The artifact is a folder: `model.safetensors` (kept weights), `quantization.json` (which layers
+are quantized and how), `config.json`, `tokenizer.json`, `maps.safetensors` (the fixed low-rank maps of `sequence`
+mode) and `manifest.json`. Preparing the same model with the same options and library versions gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from side_tuning.backbone_manifest import (
+    CONFIG,
+    MANIFEST,
+    MAPS,
+    QUANTIZATION,
+    TOKENIZER,
+    WEIGHTS,
+    BackboneError,
+    BackboneManifest,
+    Weights,
+    fingerprint_of,
+    read_manifest,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    from tokenizers import Tokenizer
+    from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str], None]
+
+MAP_RANK = 64
+# Smaller tables (positions, token types) are not worth the error.
+QUANTIZED_TABLE_ROWS = 8192
+# Entries of a model's configuration that cannot change an activation; left out so they do not change the fingerprint.
+IMMATERIAL = (
+    "_name_or_path", "architectures", "dtype", "finetuning_task", "id2label", "label2id", "problem_type", "torch_dtype",
+    "transformers_version", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "task_specific_params",
+)  # fmt: skip
+PROBE = "The quick brown fox jumps over the lazy dog, twice."
+
+
+def prepare(
+    model: str | Path,
+    out: Path,
+    *,
+    layers: int | None = None,
+    weights: Weights = "int8",
+    max_tokens: int = 128,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> BackboneManifest:
+    """Write the artifact for the first `layers` blocks of `model` (all of them if None) to the folder `out`.
+
+    Args:
+        model: a folder with a model in Hugging Face's layout, or a name on the hub.
+        out: replaced if it holds an artifact already; refused if it holds anything else.
+        weights: what the linear layers, and with int8 and int4 also the token table, are stored as.
+        max_tokens: longest text; a tap plan may ask for less.
+        seed: of the orthogonal maps of `sequence` mode.
+        progress: called with a sentence at each step.
+
+    Raises:
+        BackboneError: a value or a model that cannot be used, with the cure.
+    """
+    out = Path(out)
+    say = progress or (lambda text: logger.info("%s", text))
+    if weights not in get_args(Weights):
+        raise BackboneError(f"weights {weights!r} are unknown: use one of {', '.join(get_args(Weights))}")
+    if max_tokens < 2:
+        raise BackboneError(f"max_tokens {max_tokens} leaves no room for a text: use 2 or more, usually 128")
+    _check_out(out)
+    say(f"reading {model}")
+    config, total = _read_config(model, layers)
+    kept = config.num_hidden_layers
+    tokenizer = _read_tokenizer(model)
+    network = _read_model(model, config)
+    vocabulary = network.get_input_embeddings().num_embeddings
+    if tokenizer.get_vocab_size() > vocabulary:
+        raise BackboneError(
+            f"the tokenizer of {model} has {tokenizer.get_vocab_size()} tokens, the model only {vocabulary}: "
+            "use the tokenizer that the model was trained with"
+        )
+    probe = _probe_ids(tokenizer, max_tokens)
+    blocks_name, tail, expected = _probe(network, kept, probe, max_tokens)
+
+    say(f"quantizing {kept} of {total} layers to {weights}" if weights != "float" else f"keeping {kept} of {total} layers")
+    linears, outputs = _quantize(network, blocks_name, tail, weights)
+    tensors, embeddings = _tensors(network, linears, tail, weights)
+    layout = {
+        "attention": config._attn_implementation,
+        "embeddings": embeddings,
+        "linears": linears,
+        "outputs": outputs,
+        "tail": tail,
+    }
+    maps = _maps(kept, config.hidden_size, seed)
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+        folder = Path(scratch) / "artifact"
+        folder.mkdir()
+        _write_files(folder, config, layout, tensors, tokenizer, maps)
+        manifest = BackboneManifest(
+            fingerprint=fingerprint_of(folder),
+            source=Path(model).name if Path(model).is_dir() else str(model),
+            family=config.model_type,
+            kind=_kind(config),
+            layers=kept,
+            layers_total=total,
+            width=config.hidden_size,
+            weights=weights,
+            max_tokens=max_tokens,
+            vocabulary=vocabulary,
+            maps={layer: hashlib.sha256(m.tobytes()).hexdigest()[:32] for layer, m in maps.items()},
+            map_rank=min(MAP_RANK, config.hidden_size),
+            created_with={name: version(name) for name in ("torch", "transformers", "optimum-quanto", "tokenizers")},
+        )
+        (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        error = _check_loaded(folder, kept, probe, expected, weights)
+        say(f"backbone {manifest.fingerprint}: layer {kept} differs from the original by {error:.2%} (relative L2)")
+        if out.exists():
+            shutil.rmtree(out)
+        folder.rename(out)
+    return replace(manifest)
+
+
+def _check_out(out: Path) -> None:
+    if out.is_file():
+        raise BackboneError(f"{out} is a file: name a folder to write the backbone to")
+    if out.is_dir() and any(out.iterdir()):
+        try:
+            read_manifest(out)
+        except BackboneError as error:
+            raise BackboneError(f"{out} holds something that is not a backbone: name a new or empty folder") from error
+
+
+def _read_config(model: str | Path, layers: int | None) -> tuple[Any, int]:
+    from side_tuning.backbone_model import keep_layers
+    from transformers import AutoConfig
+
+    if isinstance(model, Path) or str(model).startswith((".", "/", "~")):
+        if not Path(model).is_dir():
+            raise BackboneError(f"model folder {model} does not exist: give a folder with config.json, or a name on the hub")
+        if not (Path(model) / "config.json").is_file():
+            raise BackboneError(f"model folder {model} has no config.json: give the folder that a model was saved to")
+    try:
+        config = AutoConfig.from_pretrained(str(model), trust_remote_code=False)
+    except Exception as error:  # the hub and the parser raise many types
+        raise BackboneError(
+            f"model {str(model)!r} cannot be read: it is neither a folder with a known model nor a name that the hub "
+            f"gives ({str(error).splitlines()[0]:.200})"
+        ) from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise BackboneError(
+            f"{model} is a {config.model_type} encoder-decoder: use an encoder (BERT, RoBERTa ...) or a decoder "
+            "(OPT, GPT-2, Llama, Qwen2 ...)"
+        )
+    total = getattr(config, "num_hidden_layers", None)
+    if not isinstance(total, int) or not isinstance(getattr(config, "hidden_size", None), int):
+        raise BackboneError(
+            f"{model} is of architecture {config.model_type!r}, which states no number of layers and no width: "
+            "use a text encoder (BERT, RoBERTa ...) or decoder (OPT, GPT-2, Llama, Qwen2 ...)"
+        )
+    if layers is not None and not 1 <= layers <= total:
+        raise BackboneError(f"layers {layers} is not possible: {model} has {total}; use 1 to {total}")
+    keep_layers(config, total if layers is None else layers)
+    config.use_cache = False
+    return config, total
+
+
+def _read_tokenizer(model: str | Path) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False, use_fast=True)
+        tokenizer: Tokenizer = loaded.backend_tokenizer
+    except Exception as error:
+        raise BackboneError(
+            f"{model} has no tokenizer that can be stored as tokenizer.json ({str(error).splitlines()[0]:.200}): "
+            "save a fast tokenizer beside the model"
+        ) from error
+    # Length and padding are the agent's choice at run time, never the file's.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _read_model(model: str | Path, config: Any) -> Any:
+    import torch
+    from transformers import AutoModel
+
+    def read(attention: str) -> Any:
+        return AutoModel.from_pretrained(
+            str(model),
+            config=config,
+            dtype=torch.float32,
+            attn_implementation=attention,
+            use_safetensors=True,  # never unpickle
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+
+    try:
+        try:
+            network, loading = read("sdpa")
+        except ValueError:  # an architecture without it
+            network, loading = read("eager")
+    except Exception as error:
+        raise BackboneError(
+            f"the weights of {model} ({config.model_type}) cannot be read ({str(error).splitlines()[0]:.200}): "
+            "give a model with model.safetensors of a supported architecture"
+        ) from error
+    missing = sorted(name for name in loading["missing_keys"] if "pooler" not in name)
+    if missing:
+        raise BackboneError(f"the weights of {model} lack {', '.join(missing[:3])} ({len(missing)} in all): download it again")
+    return network.eval()
+
+
+def _kind(config: Any) -> Any:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    return "encoder" if masked else "decoder"
+
+
+def _probe_ids(tokenizer: Tokenizer, max_tokens: int) -> Tensor:
+    import torch
+
+    ids = tokenizer.encode(PROBE).ids or [0]
+    return torch.tensor([ids[:max_tokens]])
+
+
+def _probe(network: Any, kept: int, ids: Tensor, max_tokens: int) -> tuple[str, list[str], Tensor]:
+    """Where the blocks are, what runs only after them, and the last block's output for `ids`."""
+    import torch
+
+    from side_tuning.backbone_model import find_blocks
+
+    blocks_name, blocks = find_blocks(network, kept)
+    inside = {id(m) for m in blocks.modules()}
+    ran_before: set[int] = set()
+    last: list[Tensor] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda m, _: None if last else ran_before.add(id(m)))
+        for module in network.modules()
+        if id(module) not in inside
+    ]
+    hooks.append(blocks[-1].register_forward_hook(lambda _m, _i, o: last.append(o if isinstance(o, torch.Tensor) else o[0])))
+    try:
+        with torch.inference_mode():
+            network(input_ids=ids, attention_mask=torch.ones_like(ids))
+            longest = ids.repeat(1, -(-max_tokens // ids.shape[1]))[:, :max_tokens]
+            network(input_ids=longest, attention_mask=torch.ones_like(longest))
+    except (IndexError, RuntimeError) as error:
+        limit = getattr(network.config, "max_position_embeddings", "fewer")
+        raise BackboneError(
+            f"{network.config.model_type} with {limit} positions cannot run {max_tokens} tokens: use a smaller max_tokens ({error})"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    tail = [
+        name
+        for name, module in network.named_modules()
+        if id(module) not in inside and id(module) not in ran_before and any(True for _ in module.parameters())
+    ]
+    # Only the outermost: their parts go with them.
+    tail = [name for name in tail if not any(name.startswith(f"{other}.") for other in tail)]
+    return blocks_name, tail, last[0]
+
+
+def _quantize(network: nn.Module, blocks_name: str, tail: list[str], weights: Weights) -> tuple[dict[str, str], dict[str, int]]:
+    """Quantize the linear layers with quanto in place; their names with how, and their widths."""
+    if weights == "float":
+        return {}, {}
+    from optimum.quanto import freeze, qint4, qint8, quantize
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    for name, module in list(network.named_modules()):
+        if isinstance(module, Conv1D):  # GPT-2's linear layer with its weight transposed, which quanto leaves alone
+            linear = nn.Linear(module.weight.shape[0], module.weight.shape[1], device="meta")
+            linear.weight = nn.Parameter(module.weight.detach().t().contiguous(), requires_grad=False)
+            linear.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
+            network.set_submodule(name, linear)
+    names = [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) and not any(name == t or name.startswith(f"{t}.") for t in tail)
+    ]
+    if not any(name.startswith(f"{blocks_name}.") for name in names):
+        raise BackboneError(f"the blocks in {blocks_name} have no linear layers that can be quantized: prepare with weights float")
+    quantize(network, weights=qint8 if weights == "int8" else qint4, include=names)
+    freeze(network)
+    outputs = {name: network.get_submodule(name).out_features for name in names}
+    return dict.fromkeys(names, weights), outputs  # type: ignore[arg-type]
+
+
+def _tensors(network: Any, linears: dict[str, str], tail: list[str], weights: Weights) -> tuple[dict[str, Tensor], list[str]]:
+    """Everything that the artifact stores, by name, and the names of the token tables stored as int8 rows."""
+    from torch import nn
+
+    from side_tuning.quantized_layers import Int8Embedding
+
+    tensors: dict[str, Tensor] = {}
+    embeddings = []
+    for name, module in network.named_modules():
+        if any(name == t or name.startswith(f"{t}.") for t in tail):
+            continue
+        if name in linears:
+            state: dict[str, Tensor] = {}
+            module.weight.save_to_state_dict(state, "", False)
+            parts = {"_data": "data", "_data._data": "data", "_scale": "scale", "_shift": "shift"}
+            tensors |= {f"{name}.{parts[key]}": value for key, value in state.items()}
+            if module.bias is not None:
+                tensors[f"{name}.bias"] = module.bias
+        elif type(module) is nn.Embedding and weights != "float" and module.num_embeddings >= QUANTIZED_TABLE_ROWS:
+            embeddings.append(name)
+            tensors[f"{name}.data"], tensors[f"{name}.scale"] = Int8Embedding.quantize(module.weight.detach())
+        else:
+            # Buffers that the model would compute when built (positions, rotary frequencies) are stored too: a
+            # model built without memory cannot compute them.
+            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            tensors |= {f"{name}.{leaf}" if name else leaf: value for leaf, value in own}
+    return {name: value.detach().clone().contiguous() for name, value in tensors.items()}, embeddings
+
+
+def _maps(layers: int, width: int, seed: int) -> dict[int, np.ndarray[Any, Any]]:
+    """Per layer a (width, rank) matrix with orthonormal columns: any first columns of it are orthonormal too."""
+    import numpy as np
+
+    maps = {}
+    for layer in range(1, layers + 1):
+        gaussian = np.random.Generator(np.random.PCG64([seed, layer])).standard_normal((width, min(MAP_RANK, width)))
+        q, r = np.linalg.qr(gaussian)
+        # The signs make the result unique, whichever library computed it.
+        maps[layer] = np.ascontiguousarray((q * np.sign(np.diag(r))).astype("<f4"))
+    return maps
+
+
+def _write_files(
+    folder: Path, config: Any, layout: dict[str, Any], tensors: dict[str, Tensor], tokenizer: Tokenizer, maps: dict[int, Any]
+) -> None:
+    from safetensors.numpy import save_file as save_arrays
+    from safetensors.torch import save_file
+
+    body = {name: value for name, value in config.to_dict().items() if name not in IMMATERIAL}
+    body["model_type"] = config.model_type
+    (folder / CONFIG).write_text(json.dumps(body, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / QUANTIZATION).write_text(json.dumps(layout, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
+    save_file(tensors, folder / WEIGHTS)
+    save_arrays({f"layer.{layer}": m for layer, m in maps.items()}, folder / MAPS)
+
+
+def _check_loaded(folder: Path, kept: int, ids: Tensor, expected: Tensor, weights: Weights) -> float:
+    """Load the artifact as a device does; the relative error of the last layer against the original."""
+    import torch
+
+    from side_tuning.backbone_model import load_model
+
+    model, blocks = load_model(folder, kept)
+    found: list[Tensor] = []
+    blocks[-1].register_forward_hook(lambda _m, _i, o: found.append(o if isinstance(o, torch.Tensor) else o[0]))
+    with torch.inference_mode():
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    error = float((found[0] - expected).norm() / expected.norm())
+    if not error < (1e-4 if weights == "float" else 1.0):
+        raise BackboneError(
+            f"the prepared backbone gives other activations than the original (relative error {error:.3g}): "
+            + ("this architecture is not supported" if weights == "float" else f"{weights} is too coarse for it, try int8 or float")
+        )
+    return error
