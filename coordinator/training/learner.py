@@ -1,0 +1,150 @@
+"""One training step, written once: align per backbone type, ladder, cross entropy, AdamW, running mean of the weights.
+
+The trainer and the centralised reference both call `Learner.step`. Everything that a step depends on is in the
+learner's state and the step's number; there is no schedule that would have to know the end.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from coordinator.training.settings import TrainingSettings
+from side_tuning.network.alignment import Alignment
+from side_tuning.network.side_network import SideNetwork, SideNetworkConfig, predict_logits
+from side_tuning.wire.messages import Mode
+
+Network = TypeVar("Network", SideNetwork, Alignment)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Samples of one backbone type, ready for its alignment."""
+
+    fingerprint: str
+    inputs: np.ndarray  # (N, B, d), or (N, B, T, d) in `sequence` mode
+    mask: np.ndarray | None  # (N, T), true at real tokens
+    labels: np.ndarray  # (N,)
+
+
+def side_network_config(settings: TrainingSettings, *, blocks: int, classes: int, mode: Mode) -> SideNetworkConfig:
+    return SideNetworkConfig(
+        side_width=settings.side_width,
+        blocks=blocks,
+        classes=classes,
+        mode=mode,
+        heads=settings.heads,
+        expansion=settings.expansion,
+        dropout=settings.dropout,
+    )
+
+
+class Learner:
+    """The networks under training, their running means, and the optimizer."""
+
+    def __init__(self, settings: TrainingSettings, config: SideNetworkConfig) -> None:
+        self.settings = settings
+        self.config = config
+        self.device = torch.device(settings.device)
+        with _seeded(settings.seed, self.device):
+            self.ladder = SideNetwork(config).to(self.device)
+        self.average_ladder = _frozen_copy(self.ladder)
+        self.alignments: dict[str, Alignment] = {}  # in the order in which the backbone types came
+        self.average_alignments: dict[str, Alignment] = {}
+        self.joined_at: dict[str, int] = {}  # fingerprint -> step
+        self.optimizer = torch.optim.AdamW(
+            _groups(self.ladder, settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.98), fused=True
+        )
+
+    def add_backbone(self, fingerprint: str, width_in: int, *, step: int) -> None:
+        """Give a new backbone type its alignment; later steps train it with everything else."""
+        alignment = Alignment(width_in, self.config.side_width, self.config.blocks)
+        digest = hashlib.sha256(f"{self.settings.seed}/{fingerprint}".encode()).digest()
+        alignment.reset_projection(torch.Generator().manual_seed(int.from_bytes(digest[:7], "little")))
+        alignment.to(self.device)
+        self.alignments[fingerprint] = alignment
+        self.average_alignments[fingerprint] = _frozen_copy(alignment)
+        self.joined_at[fingerprint] = step
+        for group in _groups(alignment, self.settings.weight_decay):
+            self.optimizer.add_param_group(group)
+
+    def step(self, batch: Sequence[Rows], step: int) -> float:
+        """Train on one mixed batch; returns its mean loss."""
+        settings = self.settings
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate * min(1.0, (step + 1) / (settings.warmup_steps + 1))
+        self.ladder.train()
+        with _seeded((settings.seed << 32) + step + 1, self.device):  # dropout of step t is a function of seed and t
+            x, mask, labels = self._align(batch)
+            loss = F.cross_entropy(self.ladder(x, mask), labels, label_smoothing=settings.label_smoothing)
+            self.optimizer.zero_grad(set_to_none=True)
+            torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(
+            [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None],
+            settings.gradient_clip,
+        )
+        self.optimizer.step()
+        self._average(step)
+        return float(loss.detach())
+
+    def logits(self, rows: Rows) -> np.ndarray:
+        """What a device with the averaged weights would compute."""
+        return predict_logits(self.average_alignments[rows.fingerprint], self.average_ladder, rows.inputs, rows.mask)
+
+    def _align(self, batch: Sequence[Rows]) -> tuple[Tensor, Tensor | None, Tensor]:
+        aligned, masks, labels = [], [], []
+        longest = max(0 if rows.mask is None else rows.mask.shape[1] for rows in batch)
+        for rows in batch:
+            inputs = torch.from_numpy(rows.inputs).to(self.device)
+            alignment = self.alignments[rows.fingerprint]
+            mask = None if rows.mask is None else torch.from_numpy(rows.mask).to(self.device)
+            alignment.observe(inputs, mask)
+            x = alignment(inputs)
+            if mask is not None:
+                missing = longest - mask.shape[1]
+                x, mask = F.pad(x, (0, 0, 0, missing)), F.pad(mask, (0, missing))
+                masks.append(mask)
+            aligned.append(x)
+            labels.append(torch.from_numpy(rows.labels))
+        return torch.cat(aligned), torch.cat(masks) if masks else None, torch.cat(labels).to(self.device)
+
+    @torch.no_grad()
+    def _average(self, step: int) -> None:
+        pairs: list[tuple[nn.Module, nn.Module, int]] = [(self.average_ladder, self.ladder, 0)]
+        pairs += [(self.average_alignments[f], self.alignments[f], self.joined_at[f]) for f in self.alignments]
+        for average, live, joined_at in pairs:
+            age = step - joined_at
+            # A mean over the whole life at first, over the last 1 / (1 - decay) steps later.
+            decay = min(self.settings.ema_decay, (1 + age) / (10 + age))
+            torch._foreach_lerp_(list(average.parameters()), list(live.parameters()), 1 - decay)
+            for mean, buffer in zip(average.buffers(), live.buffers(), strict=True):
+                mean.copy_(buffer)
+
+
+def _groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Matrices decay; biases, norms, gates and the layer map do not."""
+    named = list(module.named_parameters())
+    decays = [p for name, p in named if p.dim() >= 2 and name not in ("bias", "layer_logits")]
+    others = [p for name, p in named if p.dim() < 2 or name in ("bias", "layer_logits")]
+    return [{"params": decays, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def _frozen_copy(module: Network) -> Network:
+    return copy.deepcopy(module).requires_grad_(False).eval()
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's global generator, seeded inside and untouched outside."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,128 @@
+"""What the fleet is compared with: the same side network, the same step and the same number of samples drawn, on
+full-precision activations in memory; centrally on all of them, or one network per device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from coordinator.training.learner import Learner, Rows, side_network_config
+from coordinator.training.sampler import Sampler
+from coordinator.training.settings import TrainingSettings
+from side_tuning.network.side_network import pad_tokens
+from side_tuning.wire.messages import Mode
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Block inputs of one device: `(N, B, d)` in `pooled` mode, `(tokens, B, d)` with `tokens` per sample else."""
+
+    device: str
+    fingerprint: str
+    inputs: np.ndarray
+    labels: np.ndarray
+    tokens: Sequence[int] | None = None
+
+    def rows(self, picked: np.ndarray) -> Rows:
+        """The picked samples as one group of a batch."""
+        labels = self.labels[picked].astype(np.int64)
+        if self.tokens is None:
+            return Rows(self.fingerprint, self.inputs[picked].astype(np.float32), None, labels)
+        ends = np.cumsum(self.tokens)
+        parts = [self.inputs[ends[n] - self.tokens[n] : ends[n]] for n in picked]
+        padded, mask = pad_tokens(np.concatenate(parts).astype(np.float32), [len(part) for part in parts])
+        return Rows(self.fingerprint, padded.transpose(0, 2, 1, 3), mask, labels)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Held-out accuracy of one way of training."""
+
+    accuracy: float
+    worst_device_accuracy: float
+    by_device: Mapping[str, float]
+    steps: int
+
+
+def train_centrally(
+    train: Sequence[Activations],
+    held_out: Sequence[Activations],
+    settings: TrainingSettings,
+    *,
+    classes: int,
+    samples_drawn: int | None = None,
+) -> Score:
+    """One side network on everything at once.
+
+    Args:
+        train: one entry per device.
+        held_out: one entry per device.
+        settings: as for the fleet.
+        classes: of the head.
+        samples_drawn: as many as the fleet drew; by default what the replay ratio allows.
+
+    """
+    learner, steps = _train(train, settings, classes=classes, samples_drawn=samples_drawn)
+    return _score(learner, held_out, steps)
+
+
+def train_per_device(
+    train: Sequence[Activations], held_out: Sequence[Activations], settings: TrainingSettings, *, classes: int
+) -> Score:
+    """One side network per device, trained on its own samples only and scored on that device's held-out samples."""
+    correct: dict[str, float] = {}
+    samples: dict[str, int] = {}
+    total_steps = 0
+    for own in train:
+        own_held_out = [group for group in held_out if group.device == own.device]
+        learner, steps = _train([own], settings, classes=classes, samples_drawn=None)
+        total_steps += steps
+        score = _score(learner, own_held_out, steps)
+        correct[own.device] = score.accuracy
+        samples[own.device] = sum(len(group.labels) for group in own_held_out)
+    weights = np.array([samples[device] for device in correct], np.float64)
+    accuracy = float(np.average(list(correct.values()), weights=weights))
+    return Score(accuracy, min(correct.values()), correct, total_steps)
+
+
+def _train(
+    train: Sequence[Activations], settings: TrainingSettings, *, classes: int, samples_drawn: int | None
+) -> tuple[Learner, int]:
+    mode: Mode = "pooled" if train[0].tokens is None else "sequence"
+    config = side_network_config(settings, blocks=train[0].inputs.shape[1], classes=classes, mode=mode)
+    learner = Learner(settings, config)
+    sampler = Sampler(
+        seed=settings.seed, tau=settings.tau, class_tau=settings.class_tau, replay_cap=settings.replay_cap
+    )
+    for number, group in enumerate(train):
+        if group.fingerprint not in learner.alignments:
+            learner.add_backbone(group.fingerprint, group.inputs.shape[-1], step=0)
+        sampler.add(np.full(len(group.labels), number), group.labels)
+    ends = np.cumsum([len(group.labels) for group in train])
+    budget = int(settings.replay_ratio * sampler.samples) if samples_drawn is None else samples_drawn
+    step = drawn = 0
+    while drawn + settings.batch_size <= budget:
+        picked = sampler.draw(step, settings.batch_size)
+        if not len(picked):
+            break
+        owners = np.searchsorted(ends, picked, side="right")
+        learner.step([train[k].rows(picked[owners == k] - (ends[k] - len(train[k].labels))) for k in np.unique(owners)], step)
+        step += 1
+        drawn += len(picked)
+    return learner, step
+
+
+def _score(learner: Learner, held_out: Sequence[Activations], steps: int) -> Score:
+    correct: dict[str, int] = {}
+    samples: dict[str, int] = {}
+    for group in held_out:
+        for start in range(0, len(group.labels), 512):
+            rows = group.rows(np.arange(start, min(start + 512, len(group.labels))))
+            right = int((learner.logits(rows).argmax(1) == rows.labels).sum())
+            correct[group.device] = correct.get(group.device, 0) + right
+            samples[group.device] = samples.get(group.device, 0) + len(rows.labels)
+    by_device = {device: correct[device] / samples[device] for device in correct}
+    return Score(sum(correct.values()) / max(1, sum(samples.values())), min(by_device.values(), default=0.0), by_device, steps)

@@ -1,0 +1,154 @@
+"""Which samples go into batch t.
+
+The rule, in one place:
+1. A device's share of a batch is proportional to (its stored train samples) ** tau.
+2. Within a device, a class's share is proportional to (its samples there) ** class_tau: balanced labels stay as they
+   are, rare classes of a skewed device are raised.
+3. Within device and class, two samples are drawn at random and the one drawn less often so far is taken.
+4. A sample that has been drawn `replay_cap` times is never drawn again; where all of a device's samples are used up,
+   its share goes to the others.
+
+Batch t depends only on the seed, t, the stored samples and how often each was drawn: no hidden generator state.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+class GrowingArray:
+    """A numpy array that can be appended to; capacity doubles."""
+
+    def __init__(self, dtype: type[np.generic]) -> None:
+        self._buffer: np.ndarray = np.empty(16, dtype)
+        self._length = 0
+
+    def append(self, values: np.ndarray) -> None:
+        needed = self._length + len(values)
+        if needed > len(self._buffer):
+            grown = np.empty(max(needed, 2 * len(self._buffer)), self._buffer.dtype)
+            grown[: self._length] = self.values
+            self._buffer = grown
+        self._buffer[self._length : needed] = values
+        self._length = needed
+
+    def remove(self, value: int) -> None:
+        """Remove one value of an ascending array."""
+        at = int(np.searchsorted(self.values, value))
+        self._buffer[at : self._length - 1] = self._buffer[at + 1 : self._length].copy()
+        self._length -= 1
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def values(self) -> np.ndarray:
+        """A view; it holds until the next append."""
+        return self._buffer[: self._length]
+
+
+class Sampler:
+    """Draws train samples, numbered 0, 1, 2, ... in the order of `add`."""
+
+    def __init__(self, *, seed: int, tau: float, class_tau: float, replay_cap: int) -> None:
+        self._seed = seed
+        self._tau = tau
+        self._class_tau = class_tau
+        self._replay_cap = replay_cap
+        self._counts = GrowingArray(np.int32)
+        self._stored: dict[int, dict[int, int]] = {}  # device -> label -> samples
+        self._open: dict[int, dict[int, GrowingArray]] = {}  # the same, samples below the cap; ascending numbers
+        self._tables: _Tables | None = None
+
+    @property
+    def samples(self) -> int:
+        return len(self._counts)
+
+    @property
+    def drawn(self) -> int:
+        return int(self._counts.values.sum(dtype=np.int64))
+
+    @property
+    def counts(self) -> np.ndarray:
+        """How often each sample has been drawn."""
+        return self._counts.values
+
+    def add(self, devices: np.ndarray, labels: np.ndarray, counts: np.ndarray | None = None) -> None:
+        """Append samples; `counts` are given when a run is resumed."""
+        first = self.samples
+        drawn = np.zeros(len(devices), np.int32) if counts is None else counts
+        self._counts.append(drawn)
+        if not len(devices):
+            return
+        numbers = np.arange(first, first + len(devices))
+        for device, label in np.unique(np.stack([devices, labels], axis=1), axis=0).tolist():
+            here = (devices == device) & (labels == label)
+            stored = self._stored.setdefault(device, {})
+            stored[label] = stored.get(label, 0) + int(here.sum())
+            cell = self._open.setdefault(device, {}).setdefault(label, GrowingArray(np.int64))
+            cell.append(numbers[here & (drawn < self._replay_cap)])
+        self._tables = None
+
+    def shares(self) -> dict[int, float]:
+        """The share of each device in the next batch."""
+        tables = self._tabulate()
+        return dict(zip(tables.devices, np.diff(tables.device_bounds, prepend=0.0).tolist(), strict=True))
+
+    def draw(self, step: int, size: int) -> np.ndarray:
+        """Batch `step`: `size` sample numbers, fewer (or none) where the replay cap leaves no more."""
+        generator = np.random.default_rng((self._seed, step))
+        # Evenly spaced points with one random offset: each device gets its share of every batch, rounded fairly.
+        points = (np.arange(size) + generator.random()) / size
+        chances = generator.random((size, 3))
+        batch: list[int] = []
+        for point, (class_chance, first_chance, second_chance) in zip(points, chances, strict=True):
+            tables = self._tabulate()
+            if not tables.devices:
+                break
+            at = int(np.searchsorted(tables.device_bounds, point, side="right"))
+            device = tables.devices[min(at, len(tables.devices) - 1)]
+            labels, bounds = tables.classes[device]
+            label = labels[min(int(np.searchsorted(bounds, class_chance, side="right")), len(labels) - 1)]
+            batch.append(self._take(device, label, first_chance, second_chance))
+        return np.array(batch, np.int64)
+
+    def _take(self, device: int, label: int, first_chance: float, second_chance: float) -> int:
+        cell = self._open[device][label]
+        candidates, counts = cell.values, self._counts.values
+        first = int(candidates[int(first_chance * len(cell))])
+        second = int(candidates[int(second_chance * len(cell))])
+        taken = first if counts[first] <= counts[second] else second
+        counts[taken] += 1
+        if counts[taken] >= self._replay_cap:
+            cell.remove(taken)
+            if not len(cell):
+                self._tables = None
+        return taken
+
+    def _tabulate(self) -> _Tables:
+        if self._tables is None:
+            classes = {}
+            for device in sorted(self._open):
+                labels = sorted(label for label, cell in self._open[device].items() if len(cell))
+                if labels:
+                    stored = self._stored[device]
+                    classes[device] = (labels, _bounds([stored[label] ** self._class_tau for label in labels]))
+            weights = [sum(self._stored[device].values()) ** self._tau for device in classes]
+            self._tables = _Tables(list(classes), _bounds(weights), classes)
+        return self._tables
+
+
+class _Tables:
+    """Cumulated shares of the devices and, per device, of its classes."""
+
+    def __init__(
+        self, devices: list[int], device_bounds: np.ndarray, classes: dict[int, tuple[list[int], np.ndarray]]
+    ) -> None:
+        self.devices = devices
+        self.device_bounds = device_bounds
+        self.classes = classes
+
+
+def _bounds(weights: list[float]) -> np.ndarray:
+    cumulated = np.cumsum(np.array(weights, np.float64))
+    return cumulated / cumulated[-1] if len(cumulated) else cumulated
