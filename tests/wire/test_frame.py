@@ -383,7 +383,7 @@ def test_a_lie_about_the_samples_is_refused(changes: dict[str, Any], message: st
 
 @pytest.mark.parametrize("tokens", [[3, 3], [2, 2], [5, 0], [0, 0]])
 def test_tokens_must_add_up_to_the_rows_in_sequence_mode(tokens: list[int]) -> None:
-    with pytest.raises(FrameError, match="samples make|no tokens"):
+    with pytest.raises(FrameError, match=r"samples make|no tokens"):
         decode(changed_samples(encode_frame(sequence_frame()), tokens=tokens))
 
 

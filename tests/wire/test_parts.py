@@ -112,7 +112,7 @@ def test_parts_of_different_frames_do_not_join(changes: dict[str, Any]) -> None:
         join_parts([*parts[:-1], replace(parts[-1], **changes)])
     changes.pop("count", None)
     if changes:  # the same lie in every part is found by the frame inside
-        with pytest.raises(FrameError, match="contain|state"):
+        with pytest.raises(FrameError, match=r"contain|state"):
             join_parts([replace(one, **changes) for one in parts])
 
 
