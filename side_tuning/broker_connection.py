@@ -192,6 +192,7 @@ class BrokerConnection:
         self.keepalive_seconds = settings.keepalive_seconds  # in force on this connection
         self.max_packet_bytes: int | None = None
         self.protocol: Literal["5", "3.1.1"] = "3.1.1" if settings.protocol == "3.1.1" else "5"
+        self._learned_limit: int | None = None  # from a broker that states no limit but enforces one
         self.last_error = ""
         self.failures = 0  # in a row
         self._brief_connections = 0  # in a row, accepted but lost at once
@@ -415,11 +416,13 @@ class BrokerConnection:
     ) -> None:
         if reason.is_failure:
             attempt.refused = reason
+            # A 3.1.1 broker cannot state its longest keepalive, only refuse; go back to the one that was configured.
+            self._keepalive_wanted = self.settings.keepalive_seconds
             attempt.reason = refusal_words(reason.value, str(reason), self.settings, self.client_id, self.address)
             return
         stated = vars(properties) if properties is not None else {}
         self.keepalive_seconds = stated.get("ServerKeepAlive", self._keepalive_wanted)
-        self.max_packet_bytes = stated.get("MaximumPacketSize", attempt.learned_limit or self.max_packet_bytes)
+        self.max_packet_bytes = stated.get("MaximumPacketSize", self._learned_limit)
         # paho ignores the broker's ReceiveMaximum; nothing is in flight yet, so the limit can still be set.
         client._max_inflight_messages = min(stated.get("ReceiveMaximum", 100), 100)
         with self._lock:
@@ -495,7 +498,7 @@ class BrokerConnection:
             with self._lock:
                 largest = max((handle.payload_bytes for handle in self._handles.values()), default=0)
             if largest:
-                attempt.learned_limit = largest
+                self._learned_limit = largest
                 self.max_packet_bytes = min(self.max_packet_bytes or largest, largest)
 
     def _connection_over(self, attempt: _Attempt) -> None:
@@ -582,7 +585,6 @@ class _Attempt:
     reached: bool = False
     refused: ReasonCode | None = None
     accepted_at: float | None = None
-    learned_limit: int | None = None
     reason: str = ""
     wanted: bool = False
 
