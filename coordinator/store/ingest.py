@@ -1,0 +1,379 @@
+"""What the gateway writes: a batch of received frames, all or nothing, with one outcome for each.
+
+Rules: a frame is named by (device, spool, sequence) and a sample by (device, sample id); whatever comes twice is
+stored once and said to be a duplicate. Few statements a batch, whatever its size. The caller commits, and only then
+acknowledges and sends `receipts_for`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+from sqlalchemy import func, select, tuple_, update
+from sqlalchemy.orm import Session
+
+from coordinator import arrivals
+from coordinator.store.accounts import advance_spool, insert_into, open_devices, open_spools
+from coordinator.store.errors import StoreError
+from coordinator.store.health import record_health
+from coordinator.store.models import ArrivalMinute, Device, FrameBody, FrameRow, Rejection, SampleRow, Spool
+from coordinator.store.parts import WholeFrame, keep_parts
+from coordinator.store.receipts import receipts_for
+from coordinator.store.rejections import RejectedMessage, has_identity, insert_rejection, keep_rejected
+from coordinator.store.timestamps import from_seconds, to_seconds
+from side_tuning.wire.frame import Frame, Part
+
+Outcome = Literal["stored", "duplicate", "rejected", "part"]
+# Why a frame must not be accepted, or None. The gateway's rules (registered backbone, known plan, shapes).
+FrameCheck = Callable[[Frame], str | None]
+
+
+@dataclass(frozen=True)
+class ReceivedFrame:
+    """A message from a device's frame topic. `reason` says why it is rejected; then `frame` may be None."""
+
+    device: str  # from the topic
+    topic: str
+    payload: bytes
+    received_at: datetime
+    frame: Frame | Part | None = None
+    reason: str | None = None
+    spool: str | None = None  # known from the header or the message's properties, even where `frame` is None
+    sequence: int | None = None
+
+
+@dataclass(frozen=True)
+class FrameOutcome:
+    """What became of one message. `samples` is how many were new, `duplicate_samples` how many the store had."""
+
+    outcome: Outcome
+    reason: str = ""
+    samples: int = 0
+    duplicate_samples: int = 0
+
+
+def insert_frames(session: Session, batch: Sequence[ReceivedFrame], check: FrameCheck | None = None) -> list[FrameOutcome]:
+    """Store a batch. Messages with a `reason` become rejections; parts wait until their frame is complete.
+
+    Args:
+        check: asked about a frame that was joined from its parts, which the gateway cannot have looked at.
+    """
+    if not batch:
+        return []
+    first_at = min(item.received_at for item in batch)
+    named = [item for item in batch if has_identity(*_identity(item))]
+    devices = open_devices(session, (item.device for item in batch), first_at)
+    spools = open_spools(session, devices, ((item.device, str(_identity(item)[0])) for item in named), first_at)
+    work = _Batch(session, devices, spools, batch)
+
+    work.store_whole([place for place, item in enumerate(batch) if isinstance(item.frame, Frame) and item.reason is None])
+    work.store_parts([place for place, item in enumerate(batch) if isinstance(item.frame, Part) and item.reason is None], check)
+    work.reject([place for place, item in enumerate(batch) if item.frame is None or item.reason is not None])
+    return work.finish()
+
+
+def accept_rejected(session: Session, rejection_id: int, frame: Frame) -> FrameOutcome:
+    """Store a frame that had been rejected and would be accepted now; its rejection goes, the ledger moves over."""
+    rejection = session.get_one(Rejection, rejection_id)
+    if rejection.payload is None:
+        raise StoreError(f"rejection {rejection_id} has no payload any more: retention dropped it, the frame cannot be tried again")
+    device = session.get_one(Device, rejection.device_id)
+    item = ReceivedFrame(device.name, rejection.topic, rejection.payload, rejection.received_at, frame, None, frame.spool, frame.sequence)
+    spool = None if rejection.spool_id is None else session.get_one(Spool, rejection.spool_id)
+    if spool is None:
+        device.unattributed_rejections -= 1
+    else:
+        spool.rejected_frames -= 1
+        spool.known_sequences -= rejection.span
+        # Its sequence lies below stored_through by now; storing it takes it back from "skipped".
+        spool.skipped_sequences += rejection.span if rejection.sequence is not None and rejection.sequence <= spool.stored_through else 0
+        if rejection.samples is None:
+            spool.unreadable_frames -= 1
+        else:
+            spool.rejected_samples -= rejection.samples
+    span = rejection.span
+    session.delete(rejection)
+    session.flush()
+    devices = {device.name: device}
+    spools = open_spools(session, devices, [(device.name, frame.spool)], rejection.received_at)
+    work = _Batch(session, devices, spools, [item], counts_as_arrival=False)
+    work.store_whole([0], span=span)
+    return work.finish()[0]
+
+
+def _identity(item: ReceivedFrame) -> tuple[str | None, int | None]:
+    if item.frame is not None:
+        return item.frame.spool, item.frame.sequence
+    return item.spool, item.sequence
+
+
+class _Batch:
+    """The state of one `insert_frames` call: rows it works on, outcomes so far, and what moves the counters."""
+
+    def __init__(
+        self,
+        session: Session,
+        devices: dict[str, Device],
+        spools: dict[tuple[str, str], Spool],
+        batch: Sequence[ReceivedFrame],
+        *,
+        counts_as_arrival: bool = True,
+    ) -> None:
+        self.counts_as_arrival = counts_as_arrival
+        self.session = session
+        self.devices = devices
+        self.spools = spools
+        self.batch = batch
+        self.outcomes: dict[int, FrameOutcome] = {}
+        self.fresh: dict[int, list[tuple[int, int]]] = defaultdict(list)  # spool id -> spans that came in
+        self.minutes: dict[tuple[int, datetime], dict[str, int]] = {}
+
+    def spool_of(self, item: ReceivedFrame) -> Spool | None:
+        spool, sequence = _identity(item)
+        return self.spools[item.device, str(spool)] if has_identity(spool, sequence) else None
+
+    def store_whole(self, places: Sequence[int], span: int = 1) -> None:
+        """Frames that came in one message."""
+        frames: dict[int, WholeFrame] = {}
+        for place in places:
+            item = self.batch[place]
+            spool = self.spool_of(item)
+            assert spool is not None and isinstance(item.frame, Frame)
+            frames[place] = WholeFrame(spool, item.frame, item.payload, item.received_at, span)
+        self._store(frames)
+
+    def store_parts(self, places: Sequence[int], check: FrameCheck | None) -> None:
+        """Parts, and the frames that they complete."""
+        if not places:
+            return
+        spools: dict[int, Spool] = {}
+        for place in places:
+            spool = self.spool_of(self.batch[place])
+            assert spool is not None
+            spools[place] = spool
+        kept = keep_parts(self.session, {place: (spools[place], self.batch[place]) for place in places})
+        complete: dict[int, WholeFrame] = {}
+        for place in places:
+            item, spool = self.batch[place], spools[place]
+            assert isinstance(item.frame, Part)
+            if place in kept.duplicates:
+                self._count_duplicate(place, spool)
+                continue
+            self.fresh[spool.id].append((item.frame.sequence, 1))
+            self.outcomes[place] = FrameOutcome("part")
+        for place, whole in kept.complete.items():
+            reason = whole if isinstance(whole, str) else (check(whole.frame) if check else None)
+            part = self.batch[place].frame
+            assert isinstance(part, Part)
+            if reason is not None:
+                payload = kept.payloads[place]
+                self._reject(place, reason, payload, part.first, part.count, part.samples, part.produced, was_here=True)
+            elif not isinstance(whole, str):
+                complete[place] = whole
+        self._store(complete)
+
+    def reject(self, places: Sequence[int]) -> None:
+        for place in places:
+            item = self.batch[place]
+            frame = item.frame
+            samples: int | None = None
+            if isinstance(frame, Frame):
+                samples = len(frame.samples)
+            elif isinstance(frame, Part):  # the whole frame's count, told once
+                samples = frame.samples if frame.index == 0 else 0
+            produced = 0 if frame is None else frame.produced
+            reason = item.reason or "the frame could not be read"
+            self._reject(place, reason, item.payload, _identity(item)[1], 1, samples, produced)
+
+    def finish(self) -> list[FrameOutcome]:
+        """Move every touched spool on, write the counts per minute, and give the outcomes in the order of the batch."""
+        by_id = {spool.id: spool for spool in self.spools.values()}
+        for spool_id, spans in self.fresh.items():
+            advance_spool(self.session, by_id[spool_id], spans)
+        self.session.flush()
+        if self.minutes:
+            insert = insert_into(self.session, ArrivalMinute)
+            counts = ("frames", "samples", "payload_bytes", "duplicates", "rejected")
+            add = {name: getattr(ArrivalMinute, name) + insert.excluded[name] for name in counts}
+            rows = [{"device_id": device, "minute": minute, **counted} for (device, minute), counted in self.minutes.items()]
+            self.session.execute(insert.on_conflict_do_update(index_elements=["device_id", "minute"], set_=add), rows)
+        return [self.outcomes[place] for place in range(len(self.batch))]
+
+    def _store(self, frames: dict[int, WholeFrame]) -> None:
+        """Insert whole frames, their samples and bodies; what is there already becomes a duplicate."""
+        new: dict[tuple[int, int], int] = {}  # (spool id, sequence) -> place
+        rejected = self._rejected_already(frames.values())
+        for place, whole in frames.items():
+            key = (whole.spool.id, whole.frame.sequence)
+            if key in new or key in rejected:
+                self._count_duplicate(place, whole.spool)
+            else:
+                new[key] = place
+        if not new:
+            return
+        insert = insert_into(self.session, FrameRow).on_conflict_do_nothing(index_elements=["spool_id", "sequence"])
+        inserted = self.session.execute(
+            insert.returning(FrameRow.id, FrameRow.spool_id, FrameRow.sequence),
+            [_frame_row(frames[place]) for place in new.values()],
+        )
+        stored = {new[spool_id, sequence]: frame_id for frame_id, spool_id, sequence in inserted}
+        for place in new.values():
+            if place not in stored:
+                self._count_duplicate(place, frames[place].spool)
+        if not stored:
+            return
+        fresh_samples = self._insert_samples({frame_id: frames[place] for place, frame_id in stored.items()})
+        self._insert_bodies({frame_id: frames[place].payload for place, frame_id in stored.items()}, fresh_samples)
+        for place, frame_id in sorted(stored.items()):
+            self._count_stored(place, frames[place], fresh_samples.get(frame_id, 0))
+
+    def _rejected_already(self, frames: Iterable[WholeFrame]) -> set[tuple[int, int]]:
+        keys = [(whole.spool.id, whole.frame.sequence) for whole in frames if whole.spool.rejected_frames]
+        if not keys:
+            return set()
+        known = self.session.execute(
+            select(Rejection.spool_id, Rejection.sequence).where(tuple_(Rejection.spool_id, Rejection.sequence).in_(keys))
+        )
+        return {(spool_id, sequence) for spool_id, sequence in known if spool_id is not None and sequence is not None}
+
+    def _insert_samples(self, frames: dict[int, WholeFrame]) -> dict[int, int]:
+        """Insert the samples that their device has not sent before; how many of each frame that were."""
+        before = self.session.scalar(select(func.max(SampleRow.id))) or 0
+        rows = [
+            {
+                "frame_id": frame_id,
+                "position": position,
+                "device_id": whole.spool.device_id,
+                "sample_id": sample.id,
+                "label": sample.label,
+                "split": sample.split,
+                "tokens": sample.tokens,
+            }
+            for frame_id, whole in frames.items()
+            for position, sample in enumerate(whole.frame.samples)
+        ]
+        insert = insert_into(self.session, SampleRow).on_conflict_do_nothing(index_elements=["device_id", "sample_id"])
+        self.session.execute(insert, rows)
+        # There is one writer, so every row above `before` is ours: a short range instead of an index over frames.
+        counted = select(SampleRow.frame_id, func.count()).where(SampleRow.id > before).group_by(SampleRow.frame_id)
+        return {frame_id: count for frame_id, count in self.session.execute(counted)}
+
+    def _insert_bodies(self, payloads: dict[int, bytes], fresh_samples: dict[int, int]) -> None:
+        useful = [{"frame_id": frame_id, "payload": payload} for frame_id, payload in payloads.items() if fresh_samples.get(frame_id)]
+        if useful:
+            self.session.execute(insert_into(self.session, FrameBody), useful)
+        useless = [frame_id for frame_id in payloads if not fresh_samples.get(frame_id)]
+        if useless:  # a re-flashed card sends everything again: the bodies are here already
+            self.session.execute(update(FrameRow).where(FrameRow.id.in_(useless)).values(has_body=False))
+
+    def _reject(
+        self,
+        place: int,
+        reason: str,
+        payload: bytes,
+        sequence: int | None,
+        span: int,
+        samples: int | None,
+        produced: int,
+        *,
+        was_here: bool = False,
+    ) -> None:
+        item = self.batch[place]
+        spool = self.spool_of(item)
+        name = None if spool is None else spool.spool
+        message = RejectedMessage(item.device, item.topic, payload, reason, item.received_at, name, sequence, span, samples, produced)
+        if keep_rejected(self.session, self.devices[item.device], spool, message, was_here=was_here):
+            if spool is not None and sequence is not None:
+                self.fresh[spool.id].append((sequence, span))
+            self._minute(item)["rejected"] += 1
+            self.outcomes[place] = FrameOutcome("rejected", reason)
+        elif spool is None:
+            self.outcomes[place] = FrameOutcome("rejected", reason)
+        else:
+            self._count_duplicate(place, spool)
+
+    def _count_stored(self, place: int, whole: WholeFrame, new_samples: int) -> None:
+        item, spool, frame = self.batch[place], whole.spool, whole.frame
+        device = self.devices[item.device]
+        if not whole.from_parts:  # parts were counted one by one
+            spool.known_sequences += whole.span
+            if frame.sequence <= spool.stored_through:  # below the floor, given up by the device, and yet here
+                spool.skipped_sequences = max(spool.skipped_sequences - whole.span, 0)
+        spool.highest_sequence = max(spool.highest_sequence, frame.sequence + whole.span - 1)
+        spool.stored_frames += 1
+        spool.stored_samples += new_samples
+        spool.stored_bytes += len(whole.payload)
+        spool.duplicate_samples += len(frame.samples) - new_samples
+        spool.produced_seen = max(spool.produced_seen, frame.produced)
+        spool.newest_frame_at = whole.received_at
+        self.fresh[spool.id].append((frame.sequence, whole.span))
+        device.backbone = frame.backbone
+        if self.counts_as_arrival:
+            record_arrival(device, new_samples, whole.received_at)
+        minute = self._minute(item)
+        minute["frames"] += 1
+        minute["samples"] += new_samples
+        minute["payload_bytes"] += len(whole.payload)
+        self.outcomes[place] = FrameOutcome("stored", "", new_samples, len(frame.samples) - new_samples)
+
+    def _count_duplicate(self, place: int, spool: Spool) -> None:
+        spool.duplicate_frames += 1
+        self._minute(self.batch[place])["duplicates"] += 1
+        self.outcomes[place] = FrameOutcome("duplicate", "stored or rejected before")
+
+    def _minute(self, item: ReceivedFrame) -> dict[str, int]:
+        key = (self.devices[item.device].id, item.received_at.replace(second=0, microsecond=0))
+        return self.minutes.setdefault(key, {"frames": 0, "samples": 0, "payload_bytes": 0, "duplicates": 0, "rejected": 0})
+
+
+def record_arrival(device: Device, samples: int, received_at: datetime) -> None:
+    """Bring a device's rate and pace up to date with one more frame."""
+    rate, pace = rate_of(device), pace_of(device)
+    at = to_seconds(received_at)
+    rate, pace = rate.add(samples, at), pace.add(at)
+    assert rate.started_at is not None and pace.last_at is not None
+    device.rate_started_at = from_seconds(rate.started_at)
+    device.rate_sum_60, device.rate_sum_300, device.rate_sum_3600 = rate.sums
+    device.interval_seconds, device.interval_deviation_seconds = pace.interval, pace.deviation
+    device.last_arrival_at = from_seconds(pace.last_at)
+
+
+def rate_of(device: Device) -> arrivals.RateEstimate:
+    if device.rate_started_at is None or device.last_arrival_at is None:
+        return arrivals.RateEstimate()
+    sums = (device.rate_sum_60, device.rate_sum_300, device.rate_sum_3600)
+    return arrivals.RateEstimate(to_seconds(device.rate_started_at), to_seconds(device.last_arrival_at), sums)
+
+
+def pace_of(device: Device) -> arrivals.Pace:
+    if device.last_arrival_at is None:
+        return arrivals.Pace()
+    return arrivals.Pace(to_seconds(device.last_arrival_at), device.interval_seconds, device.interval_deviation_seconds)
+
+
+def _frame_row(whole: WholeFrame) -> dict[str, object]:
+    frame = whole.frame
+    return {
+        "spool_id": whole.spool.id,
+        "sequence": frame.sequence,
+        "span": whole.span,
+        "received_at": whole.received_at,
+        "captured_at": from_seconds(frame.captured_at),
+        "payload_bytes": len(whole.payload),
+        "samples": len(frame.samples),
+        "produced": frame.produced,
+        "backbone": frame.backbone,
+        "plan_version": frame.plan_version,
+        "mode": frame.mode,
+        "has_body": True,
+    }
+
+
+__all__ = [
+    "FrameCheck", "FrameOutcome", "Outcome", "ReceivedFrame", "accept_rejected", "insert_frames", "insert_rejection",
+    "pace_of", "rate_of", "receipts_for", "record_arrival", "record_health",
+]
