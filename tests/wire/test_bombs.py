@@ -85,7 +85,7 @@ def test_a_refused_bomb_takes_less_than_twice_the_cap(name: str) -> None:
 
 def test_only_one_layer_of_lz4_is_ever_removed() -> None:
     """What inflates to lz4 is taken for vectors of the stated shape, and never inflated again."""
-    inner = lz4.frame.compress(b"inside" * 100)
+    inner = lz4.frame.compress(b"inside" * 40)  # short enough to have no byte of 0xFF, which fp16 would refuse
     frame = decode(frame_that_inflates(inner + bytes(len(inner) % 2), width=-(-len(inner) // 2)))
     assert isinstance(frame, Frame)
     assert frame.taps[0].data[: len(inner)] == inner
