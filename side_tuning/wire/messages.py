@@ -14,7 +14,6 @@ from typing import Any, Literal, get_args
 import msgpack
 
 from side_tuning.wire.bounded import FrameError, unpack_bounded
-from side_tuning.wire.topics import check_device_name
 
 Mode = Literal["pooled", "sequence"]
 Pooling = Literal["mean", "first", "last"]
@@ -107,6 +106,10 @@ class Fields:
         return Fields(self._get(name), f"{self._message}.{name}")
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 2**53
+
+
 def _pack(message: Any) -> bytes:
     return bytes(msgpack.packb(asdict(message)))
 
@@ -193,9 +196,9 @@ class Receipt:
         fields = Fields(unpack_bounded(payload, max_bytes=MAX_MESSAGE_BYTES), "receipt")
         ahead = fields.items("stored_ahead", cls.MAX_AHEAD, [])
         rejected = fields.items("rejected", cls.MAX_REJECTED, [])
-        if not all(isinstance(n, int) for n in ahead):
-            raise FrameError("receipt: stored_ahead holds something that is not a whole number")
-        if not all(isinstance(r, list) and len(r) == 2 and isinstance(r[0], int) and isinstance(r[1], str) for r in rejected):
+        if not all(_is_count(n) for n in ahead):
+            raise FrameError("receipt: stored_ahead holds something that is not a whole number of 0 or more")
+        if not all(isinstance(r, list) and len(r) == 2 and _is_count(r[0]) and isinstance(r[1], str) for r in rejected):
             raise FrameError("receipt: rejected is not a list of (sequence, reason)")
         return cls(
             spool=fields.text("spool", 64),
@@ -250,7 +253,7 @@ class SpoolCount:
         refused = fields._get("refused", {})
         if not isinstance(refused, dict) or len(refused) > 64:
             raise FrameError("health.spool: refused is not a map of at most 64 reasons")
-        if not all(isinstance(k, str) and isinstance(v, int) for k, v in refused.items()):
+        if not all(isinstance(k, str) and _is_count(v) for k, v in refused.items()):
             raise FrameError("health.spool: refused is not a map of reason to count")
         count = {
             name: fields.integer(name, 0, 2**53)
