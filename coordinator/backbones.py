@@ -13,7 +13,6 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -42,6 +41,7 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[str], None]
 
 MAP_RANK = 64
+SMALLEST_VOCABULARY = 32
 # Smaller tables (positions, token types) are not worth the error.
 QUANTIZED_TABLE_ROWS = 8192
 # Entries of a model's configuration that cannot change an activation; left out so they do not change the fingerprint.
@@ -66,6 +66,7 @@ def prepare(
 
     Args:
         model: a folder with a model in Hugging Face's layout, or a name on the hub.
+        layers: how many blocks to keep, counted from the input.
         out: replaced if it holds an artifact already; refused if it holds anything else.
         weights: what the linear layers, and with int8 and int4 also the token table, are stored as.
         max_tokens: longest text; a tap plan may ask for less.
@@ -74,6 +75,7 @@ def prepare(
 
     Raises:
         BackboneError: a value or a model that cannot be used, with the cure.
+
     """
     out = Path(out)
     say = progress or (lambda text: logger.info("%s", text))
@@ -83,6 +85,7 @@ def prepare(
         raise BackboneError(f"max_tokens {max_tokens} leaves no room for a text: use 2 or more, usually 128")
     _check_out(out)
     say(f"reading {model}")
+    _quiet()
     config, total = _read_config(model, layers)
     kept = config.num_hidden_layers
     tokenizer = _read_tokenizer(model)
@@ -112,10 +115,10 @@ def prepare(
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         folder = Path(scratch) / "artifact"
         folder.mkdir()
-        _write_files(folder, config, layout, tensors, tokenizer, maps)
+        _write_files(folder, config=config, layout=layout, tensors=tensors, tokenizer=tokenizer, maps=maps)
         manifest = BackboneManifest(
             fingerprint=fingerprint_of(folder),
-            source=Path(model).name if Path(model).is_dir() else str(model),
+            source=_source(model),
             family=config.model_type,
             kind=_kind(config),
             layers=kept,
@@ -134,7 +137,22 @@ def prepare(
         if out.exists():
             shutil.rmtree(out)
         folder.rename(out)
-    return replace(manifest)
+    return manifest
+
+
+def _source(model: str | Path) -> str:
+    """A name for people: what the hub calls it, or else the folder's name."""
+    if not Path(model).is_dir():
+        return str(model)
+    named = json.loads((Path(model) / "config.json").read_text(encoding="utf-8")).get("_name_or_path")
+    return str(named) if named else Path(model).resolve().name
+
+
+def _quiet() -> None:
+    """No progress bars of transformers between our own lines."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
 
 def _check_out(out: Path) -> None:
@@ -148,8 +166,9 @@ def _check_out(out: Path) -> None:
 
 
 def _read_config(model: str | Path, layers: int | None) -> tuple[Any, int]:
-    from side_tuning.backbone_model import keep_layers
     from transformers import AutoConfig
+
+    from side_tuning.backbone_model import keep_layers
 
     if isinstance(model, Path) or str(model).startswith((".", "/", "~")):
         if not Path(model).is_dir():
@@ -182,16 +201,26 @@ def _read_config(model: str | Path, layers: int | None) -> tuple[Any, int]:
 
 
 def _read_tokenizer(model: str | Path) -> Tokenizer:
+    from tokenizers import Tokenizer
     from transformers import AutoTokenizer
+    from transformers.utils import cached_file
 
+    tokenizer: Tokenizer
     try:
-        loaded = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False, use_fast=True)
-        tokenizer: Tokenizer = loaded.backend_tokenizer
+        stored = cached_file(str(model), TOKENIZER, _raise_exceptions_for_missing_entries=False)
+        if stored is not None:
+            # The file as it is: AutoTokenizer rebuilds parts of it for some families (seen with Qwen2).
+            tokenizer = Tokenizer.from_file(stored)
+        else:  # vocabulary files only, as OPT
+            tokenizer = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False, use_fast=True).backend_tokenizer
     except Exception as error:
         raise BackboneError(
             f"{model} has no tokenizer that can be stored as tokenizer.json ({str(error).splitlines()[0]:.200}): "
             "save a fast tokenizer beside the model"
         ) from error
+    if tokenizer.get_vocab_size() < SMALLEST_VOCABULARY:
+        # Without any tokenizer file, AutoTokenizer makes one that knows the special tokens only.
+        raise BackboneError(f"{model} has no tokenizer: save tokenizer.json beside the model")
     # Length and padding are the agent's choice at run time, never the file's.
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -305,8 +334,8 @@ def _quantize(network: nn.Module, blocks_name: str, tail: list[str], weights: We
         raise BackboneError(f"the blocks in {blocks_name} have no linear layers that can be quantized: prepare with weights float")
     quantize(network, weights=qint8 if weights == "int8" else qint4, include=names)
     freeze(network)
-    outputs = {name: network.get_submodule(name).out_features for name in names}
-    return dict.fromkeys(names, weights), outputs  # type: ignore[arg-type]
+    outputs: dict[str, int] = {name: network.get_submodule(name).get_parameter("weight").shape[0] for name in names}
+    return dict.fromkeys(names, str(weights)), outputs
 
 
 def _tensors(network: Any, linears: dict[str, str], tail: list[str], weights: Weights) -> tuple[dict[str, Tensor], list[str]]:
@@ -352,7 +381,9 @@ def _maps(layers: int, width: int, seed: int) -> dict[int, np.ndarray[Any, Any]]
 
 
 def _write_files(
-    folder: Path, config: Any, layout: dict[str, Any], tensors: dict[str, Tensor], tokenizer: Tokenizer, maps: dict[int, Any]
+    folder: Path,
+    *,
+    config: Any, layout: dict[str, Any], tensors: dict[str, Tensor], tokenizer: Tokenizer, maps: dict[int, Any]
 ) -> None:
     from safetensors.numpy import save_file as save_arrays
     from safetensors.torch import save_file
@@ -364,6 +395,8 @@ def _write_files(
     (folder / TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
     save_file(tensors, folder / WEIGHTS)
     save_arrays({f"layer.{layer}": m for layer, m in maps.items()}, folder / MAPS)
+    for file in folder.iterdir():
+        file.chmod(0o644)  # safetensors writes for the owner only; the agent runs as a user of its own
 
 
 def _check_loaded(folder: Path, kept: int, ids: Tensor, expected: Tensor, weights: Weights) -> float:
@@ -372,9 +405,10 @@ def _check_loaded(folder: Path, kept: int, ids: Tensor, expected: Tensor, weight
 
     from side_tuning.backbone_model import load_model
 
-    model, blocks = load_model(folder, kept)
+    model, blocks_name = load_model(folder, kept)
     found: list[Tensor] = []
-    blocks[-1].register_forward_hook(lambda _m, _i, o: found.append(o if isinstance(o, torch.Tensor) else o[0]))
+    last: Any = list(model.get_submodule(blocks_name).children())[-1]
+    last.register_forward_hook(lambda _m, _i, o: found.append(o if isinstance(o, torch.Tensor) else o[0]))
     with torch.inference_mode():
         model(input_ids=ids, attention_mask=torch.ones_like(ids))
     error = float((found[0] - expected).norm() / expected.norm())

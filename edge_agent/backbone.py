@@ -68,6 +68,7 @@ class Backbone:
 
         Raises:
             BackboneError: missing, damaged or too short for `last_layer`.
+
         """
         folder = Path(folder)
         manifest = check_artifact(folder)
@@ -77,19 +78,18 @@ class Backbone:
         import torch
         from tokenizers import Tokenizer
 
-        from side_tuning.backbone_model import find_blocks, load_model
+        from side_tuning.backbone_model import load_model
 
         torch.set_num_threads(threads)
         try:
             tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
-            model, _ = load_model(folder, last)
-            blocks_name, _ = find_blocks(model, last)
+            model, blocks_name = load_model(folder, last)
         except BackboneError:
             raise
         except Exception as error:  # the hash is right, so the installed libraries read it differently
             raise BackboneError(
                 f"the backbone in {folder} cannot be loaded with the installed libraries "
-                f"({type(error).__name__}: {str(error):.200}); it was prepared with {manifest.created_with}: "
+                f"({type(error).__name__}: {error!s:.200}); it was prepared with {manifest.created_with}: "
                 "install those versions or prepare it again"
             ) from error
         return cls(manifest, model, blocks_name, tokenizer, folder)
@@ -105,6 +105,7 @@ class Backbone:
         Raises:
             TextError: a text without a token; says which.
             BackboneError: a layer that was not loaded, or no texts.
+
         """
         import torch
 

@@ -92,7 +92,7 @@ class BackboneManifest:
             found = body.get(name)
             if not isinstance(found, kind) or isinstance(found, bool) or (choices and found not in choices):
                 raise wrong(f"field {name!r} is {found!r:.80}")
-            if kind is int and found < 1:
+            if isinstance(found, int) and found < 1:
                 raise wrong(f"field {name!r} is {found}, not a positive number")
             return found
 

@@ -63,8 +63,8 @@ def read_config(folder: Path, last_layer: int) -> Any:
     return config
 
 
-def load_model(folder: Path, last_layer: int) -> tuple[nn.Module, nn.ModuleList]:
-    """Build the artifact's first `last_layer` blocks; returns the model and its list of blocks.
+def load_model(folder: Path, last_layer: int) -> tuple[nn.Module, str]:
+    """Build the artifact's first `last_layer` blocks; returns the model and the name of its list of blocks.
 
     The weights are mapped from the file, so only pages in use take memory, and no float copy of a quantized weight
     ever exists as a whole.
@@ -72,7 +72,7 @@ def load_model(folder: Path, last_layer: int) -> tuple[nn.Module, nn.ModuleList]
     layout = json.loads((folder / QUANTIZATION).read_text(encoding="utf-8"))
     config = read_config(folder, last_layer)
     model = build_empty(config, layout["attention"])
-    blocks_name, blocks = find_blocks(model, last_layer)
+    blocks_name, _ = find_blocks(model, last_layer)
     for name in layout["tail"]:  # what would run after the last block; no tap looks at it
         model.set_submodule(name, nn.Identity())
     with safe_open(folder / WEIGHTS, framework="pt") as file:
@@ -108,8 +108,7 @@ def load_model(folder: Path, last_layer: int) -> tuple[nn.Module, nn.ModuleList]
             if found.shape != value.shape:
                 raise BackboneError(f"{folder}: {name} has shape {tuple(found.shape)}, not {tuple(value.shape)}; prepare it again")
             _assign(model.get_submodule(owner), leaf, found, isinstance(value, nn.Parameter))
-    del blocks_name
-    return model, blocks
+    return model, blocks_name
 
 
 def _has(model: nn.Module, name: str) -> bool:
