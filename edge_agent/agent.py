@@ -1,0 +1,392 @@
+"""MAIN FLOW of the device: samples -> backbone -> taps -> codec -> spool -> publisher -> receipt.
+
+Read `run`, then `Agent.run`, then `Agent._take_samples`; everything else is detail. Rules: the network thread only leaves
+messages where a loop picks them up; each loop is a named thread, started and joined in `Agent.run`, and one that dies takes
+the program down with its reason; a sample's mark and its frame reach the disk in one transaction, so nothing is sent twice
+(a crash costs at most the forward pass of the frame that was open).
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+
+from edge_agent import exit_codes
+from edge_agent.backbone import Backbone
+from edge_agent.checkpoint_store import CheckpointStore
+from edge_agent.checkpoints import CheckpointReceiver
+from edge_agent.forward import tap_samples
+from edge_agent.health import read_readings
+from edge_agent.open_frame import OpenFrame, TappedSample
+from edge_agent.publisher import Publisher
+from edge_agent.samples import Refusal, Sample, SampleSource, open_sources
+from edge_agent.sd_notify import notify, watchdog_seconds
+from edge_agent.settings import AgentSettings
+from edge_agent.spool import Spool, SpoolFull
+from edge_agent.tap_plans import TapPlans
+from side_tuning.broker_connection import BrokerConnection, Connected, Message
+from side_tuning.signatures import load_public_key
+from side_tuning.wire import topics
+from side_tuning.wire.bounded import FrameError
+from side_tuning.wire.messages import Command, Health, Presence, TapPlan
+
+logger = logging.getLogger(__name__)
+
+IDLE_SECONDS = 0.2  # between two looks at sources that had nothing
+HUNG_SECONDS = 300.0  # a loop silent for longer counts as hung; one forward pass on a slow device takes far less
+SETTLE_SECONDS = 0.2
+SESSION_SECONDS = 24 * 3600  # commands wait at the broker for this long
+
+
+def run(settings: AgentSettings, stop: threading.Event) -> int:
+    """Run the agent until `stop` is set or, if so configured, everything is delivered; returns the exit code.
+
+    Raises:
+        BackboneError, SpoolError, SignatureError, BrokerFilesError: it cannot start; the text says the cure.
+
+    """
+    with ExitStack() as cleanup:
+        key_file = settings.checkpoint.public_key_file
+        public_key = load_public_key(key_file) if key_file else None
+        backbone = Backbone.load(settings.backbone.folder, threads=settings.backbone.threads)
+        spool = Spool.open(settings.spool_path, max_bytes=settings.spool.max_bytes, policy=settings.spool.policy, clock=time.time)
+        cleanup.callback(spool.close)
+        sources = open_sources(settings.sources, spool.seen, state_directory=settings.state_directory)
+        for source in sources:
+            cleanup.callback(source.close)
+        agent = Agent(settings, backbone, spool, sources)
+        agent.checkpoints = CheckpointReceiver(
+            agent.connection, CheckpointStore(settings.state_directory), backbone.manifest, public_key, on_change=agent.report_soon,
+        )
+        return agent.run(stop)
+
+
+class Agent:
+    """The running device program: its loops and what they share."""
+
+    checkpoints: CheckpointReceiver
+
+    def __init__(
+        self,
+        settings: AgentSettings,
+        backbone: Backbone,
+        spool: Spool,
+        sources: list[SampleSource],
+        *,
+        now: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.settings = settings
+        self.spool = spool
+        self._backbone = backbone
+        self._sources = sources
+        self._now = now
+        self._monotonic = monotonic
+        device = settings.device
+        self.plans = TapPlans(spool, backbone.manifest, device)
+        self.connection = BrokerConnection(
+            settings.broker,
+            device,
+            will=self._last_will,
+            subscriptions=[
+                topics.receipt(device), topics.command(device), *self.plans.topics, topics.checkpoint(backbone.manifest.fingerprint),
+            ],
+            on_message=self._dispatch,
+            on_connected=self._connected,
+            on_disconnected=self._disconnected,
+            clean_start=False,
+            session_expiry_seconds=SESSION_SECONDS,
+        )
+        self.publisher = Publisher(
+            self.connection,
+            spool,
+            device,
+            window_frames=settings.publisher.window_frames,
+            resend_seconds=settings.publisher.resend_seconds,
+        )
+        self._session = ""
+        self._started_at = now()
+        self._paused = spool.get_setting("paused") == "1"
+        self._commands: deque[bytes] = deque(maxlen=64)
+        self._ready: deque[TappedSample] = deque()  # forwarded, not yet in a frame
+        self._frame: OpenFrame | None = None
+        self._waiting_for = ""  # what keeps the intake from taking samples, in words
+        self._ready_plan: TapPlan | None = None  # the one they were forwarded under
+        self._forwarded_samples = 0
+        self._forward_seconds = 0.0
+        self._forwards_reported = (0, 0.0)
+        self._refusals_logged: dict[str, int] = {}
+        self._done = threading.Event()
+        self._report = threading.Event()
+        self._failure: BaseException | None = None
+        self._failed_thread = ""
+        self._intake_ticked_at = monotonic()
+
+    # The life of the program.
+
+    def run(self, stop: threading.Event) -> int:
+        """Start the loops, watch them, end them in order."""
+        ending = threading.Event()
+        loops: dict[str, Callable[[threading.Event], None]] = {
+            "intake": self._take_samples,
+            "publisher": self.publisher.run,
+            "checkpoints": self.checkpoints.run,
+            "health": self._report_health,
+        }
+        threads = [threading.Thread(target=self._guarded, args=(name, loop, ending), name=name) for name, loop in loops.items()]
+        self.connection.start()
+        for thread in threads:
+            thread.start()
+        notify("READY=1")
+        self._watch(stop)
+
+        notify("STOPPING=1")
+        ending.set()
+        self.publisher.wake()
+        self.report_soon()
+        for thread in threads:
+            thread.join()
+        reason = f"{self._failed_thread} died: {self._failure!r}" if self._failure else "stopped"
+        self.connection.stop((topics.health(self.settings.device), self._health("offline", reason).to_bytes()))
+        if self._failure is not None:
+            logger.critical("the agent ends because its %s died", self._failed_thread, exc_info=self._failure)
+            return exit_codes.CRASH
+        logger.info("the agent has ended cleanly")
+        return exit_codes.OK
+
+    def _guarded(self, name: str, loop: Callable[[threading.Event], None], ending: threading.Event) -> None:
+        try:
+            loop(ending)
+        except BaseException as error:  # whatever it was: the program must not go on without this loop
+            if self._failure is None:
+                self._failure, self._failed_thread = error, name
+            self._done.set()
+
+    def _watch(self, stop: threading.Event) -> None:
+        """Wait for the end; keep systemd's watchdog fed only while every loop goes round."""
+        every = min(0.5, (watchdog_seconds() or 60.0) / 4)
+        while not stop.wait(every):
+            if self._done.is_set():
+                return
+            if not self.connection.thread_alive:
+                self._failure, self._failed_thread = RuntimeError("the network loop ended by itself"), "broker connection"
+                return
+            if self.alive():
+                notify("WATCHDOG=1")
+
+    def alive(self) -> bool:
+        """Whether every loop went round lately, and the broker answers or is known not to.
+
+        While connected, the network loop itself guarantees a broker round trip within two keepalives.
+        """
+        now = self._monotonic()
+        newest_ticks = (self._intake_ticked_at, self.publisher.ticked_at, self.checkpoints.ticked_at)
+        network = self.connection.tick_age_seconds < HUNG_SECONDS and (self.connection.connected or bool(self.connection.last_error))
+        return network and all(now - tick < HUNG_SECONDS for tick in newest_ticks)
+
+    # Samples in: the loop that the device exists for.
+
+    def _take_samples(self, ending: threading.Event) -> None:
+        while not ending.is_set():
+            self._intake_ticked_at = self._monotonic()
+            self._obey_commands()
+
+            # 1. What was forwarded goes to the spool first; while that is full, nothing more is forwarded.
+            if not self._fill_frames():
+                self._wait_for_room()
+                continue
+
+            # 2. Between batches: a new plan begins with a new frame.
+            if self.plans.settle():
+                self.report_soon()
+            plan = self.plans.current
+            if self._frame is not None and (self._frame.plan != plan or self._frame.lingered(self._monotonic())) and not self._close_frame():
+                self._wait_for_room()
+                continue
+            if plan is None or self._paused:
+                self._say_waiting_for("paused by command" if self._paused else "no tap plan yet")
+                ending.wait(IDLE_SECONDS)
+                continue
+            self._say_waiting_for("")
+
+            # 3. One batch: forward, once, to the last tap.
+            samples = self._poll()
+            if samples:
+                started = self._monotonic()
+                self._ready.extend(tap_samples(self._backbone, samples, plan, self._refuse))
+                self._ready_plan = plan
+                self._forward_seconds += self._monotonic() - started
+                self._forwarded_samples += len(samples)
+            else:
+                self._check_done()
+                ending.wait(IDLE_SECONDS)
+        self._fill_frames()
+        self._close_frame()
+
+    def _poll(self) -> list[Sample]:
+        """At most one batch, each source in its turn; rows that are none are counted and told."""
+        samples: list[Sample] = []
+        for source in list(self._sources):
+            room = self.settings.backbone.batch_size - len(samples)
+            if room == 0:
+                break
+            for item in source.poll(room):
+                if isinstance(item, Refusal):
+                    self._refuse(item.id, item.reason, item.detail)
+                else:
+                    samples.append(item)
+            self._sources.append(self._sources.pop(0))
+        return samples
+
+    def _fill_frames(self) -> bool:
+        """Move forwarded samples into frames; False if the spool has no room for a full one."""
+        while self._ready:
+            sample = self._ready[0]
+            if self._frame is None:
+                assert self._ready_plan is not None, "samples are forwarded under a plan"
+                self._frame = OpenFrame(self._ready_plan, self._now(), self._monotonic())
+            if self._frame.has_room_for(sample, self.publisher.frame_bytes(self._frame.plan.frame_bytes)):
+                self._frame.add(self._ready.popleft())
+            elif not self._close_frame():
+                return False
+        return True
+
+    def _close_frame(self) -> bool:
+        """Append the open frame to the spool; False (and the frame stays open) if there is no room."""
+        frame = self._frame
+        if frame is None or not frame.samples:
+            return True
+        frame_bytes = self.publisher.frame_bytes(frame.plan.frame_bytes)
+        fingerprint = self._backbone.manifest.fingerprint
+
+        def build(sequence: int, produced: int) -> list[bytes]:
+            return frame.payloads((self.settings.device, self.spool.id, sequence), produced, fingerprint, frame_bytes)
+
+        self.publisher.freed.clear()
+        try:
+            sequences = self.spool.append([sample.info.id for sample in frame.samples], build)
+        except SpoolFull as full:
+            if not self._waiting_for:
+                logger.warning("%s", full)
+            return False
+        logger.debug("spooled frame %s with %d samples", sequences, len(frame.samples))
+        self._frame = None
+        self.publisher.wake()
+        return True
+
+    def _refuse(self, sample_id: str, reason: str, detail: str) -> None:
+        self.spool.refuse(sample_id or None, reason)
+        count = self._refusals_logged[reason] = self._refusals_logged.get(reason, 0) + 1
+        if count == 1:
+            logger.error("sample refused (%s): %s", reason, detail)
+            self.report_soon()
+        else:
+            logger.debug("sample refused (%s, %d so far): %s", reason, count, detail)
+
+    def _wait_for_room(self) -> None:
+        self._say_waiting_for("the spool is full")
+        self.publisher.freed.wait(IDLE_SECONDS)
+
+    def _say_waiting_for(self, reason: str) -> None:
+        if reason != self._waiting_for:
+            self._waiting_for = reason
+            self.report_soon()
+
+    def _check_done(self) -> None:
+        if not self.settings.run.exit_when_done or self._frame is not None or not all(s.exhausted for s in self._sources):
+            return
+        if not self.spool.pending(0, 1):
+            logger.info("every source is read and every frame is receipted")
+            self._done.set()
+
+    # What comes in from the coordinator. These run in the network thread.
+
+    def _connected(self, connected: Connected) -> None:
+        self.publisher.connected(connected)
+        self.report_soon()
+
+    def _disconnected(self, reason: str) -> None:
+        self.publisher.disconnected(reason)
+
+    def _dispatch(self, message: Message) -> None:
+        if message.topic == topics.receipt(self.settings.device):
+            self.publisher.offer_receipt(message.payload)
+        elif message.topic == topics.command(self.settings.device):
+            self._commands.append(message.payload)
+        elif not self.plans.offer(message.topic, message.payload) and not self.checkpoints.offer(message):
+            logger.debug("nothing waits for a message on %s", message.topic)
+
+    # Commands.
+
+    def _obey_commands(self) -> None:
+        while self._commands:
+            try:
+                command = Command.from_bytes(self._commands.popleft())
+            except FrameError as error:
+                logger.error("a command was not understood: %s", error)
+                continue
+            if command.expires_at < self._now():
+                logger.info("command %s (%s) came too late", command.id, command.name)
+                continue
+            self._paused = command.name == "pause"
+            self.spool.set_setting("paused", "1" if self._paused else "0")
+            logger.info("command %s: %s", command.id, command.name)
+            self.report_soon()
+
+    # Health.
+
+    def report_soon(self) -> None:
+        """Something changed that the coordinator should see before the next regular report."""
+        self._report.set()
+
+    def _report_health(self, ending: threading.Event) -> None:
+        while not ending.is_set():
+            self._report.clear()
+            if self.connection.connected:
+                self.connection.publish(topics.health(self.settings.device), self._health("online").to_bytes(), retain=True)
+            if self._report.wait(self.settings.health.every_seconds):
+                ending.wait(SETTLE_SECONDS)  # several changes at once make one message
+
+    def _last_will(self) -> tuple[str, bytes]:
+        self._session = secrets.token_hex(8)
+        will = Health("online", self._session, self._now()).as_last_will()
+        return topics.health(self.settings.device), will.to_bytes()
+
+    def _health(self, presence: Presence, reason: str = "") -> Health:
+        samples, seconds = (
+            now - before for now, before in zip((self._forwarded_samples, self._forward_seconds), self._forwards_reported, strict=True)
+        )
+        self._forwards_reported = (self._forwarded_samples, self._forward_seconds)
+        plan = self.plans.current
+        return replace(
+            read_readings(self.settings.state_directory),
+            presence=presence,
+            session=self._session,
+            at=self._now(),
+            agent_version=_agent_version(),
+            started_at=self._started_at,
+            reason=(reason or self._waiting_for or self.publisher.error)[:1000],
+            backbone=self._backbone.manifest.info(),
+            plan_version=plan.version if plan else 0,
+            plan_error=self.plans.error,
+            checkpoint=self.checkpoints.generation,
+            checkpoint_error=self.checkpoints.error,
+            spool=self.spool.count(),
+            paused=self._paused,
+            forward_seconds=seconds / samples if samples else None,
+            bytes_sent=self.spool.bytes_sent,
+        )
+
+
+def _agent_version() -> str:
+    try:
+        return version("mobillm-fleet")
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,51 @@
+"""One batch of samples through the backbone: each comes out with its taps, or is refused with a reason."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from edge_agent.backbone import Backbone, TextError
+from edge_agent.open_frame import TappedSample
+from edge_agent.samples import RowError, Sample, label_index
+from edge_agent.taps import TapMatrices, compute_taps
+from side_tuning.wire.frame import SampleInfo
+from side_tuning.wire.messages import TapPlan
+
+logger = logging.getLogger(__name__)
+
+Refuse = Callable[[str, str, str], None]  # sample id, reason for counting, words for the log
+
+
+def tap_samples(backbone: Backbone, samples: Sequence[Sample], plan: TapPlan, refuse: Refuse) -> list[TappedSample]:
+    """Run the samples forward once. Samples that cannot be used are refused one by one; the others are not held up."""
+    usable: list[tuple[Sample, int | None]] = []
+    for sample in samples:
+        try:
+            usable.append((sample, label_index(sample.label, plan.labels)))
+        except RowError as error:
+            refuse(sample.id, error.reason, str(error))
+    matrices: TapMatrices | None = None
+    while usable and matrices is None:
+        try:
+            matrices = compute_taps(backbone, [sample.text for sample, _ in usable], plan)
+        except TextError as error:
+            refused, _ = usable.pop(error.index)
+            refuse(refused.id, "no text", error.reason)
+    if matrices is None:
+        return []
+    tapped: list[TappedSample] = []
+    counts = matrices.tokens if plan.mode == "sequence" else [1] * len(usable)
+    ends = list(itertools.accumulate(counts))
+    for place, (sample, label) in enumerate(usable):
+        start, end = ends[place] - counts[place], ends[place]
+        rows = {layer: values[start:end] for layer, values in matrices.values.items()}
+        if not all(np.isfinite(values).all() for values in rows.values()):
+            refuse(sample.id, "not finite", "the backbone gave values that are not finite; prepare it with other weights")
+            continue
+        info = SampleInfo(sample.id, label, sample.split, matrices.tokens[place])
+        tapped.append(TappedSample(info, rows, matrices.maps))
+    return tapped
