@@ -26,6 +26,7 @@ else:
 
 ENVIRONMENT_PREFIX = "MOBILLM_"
 Split = Literal["train", "held-out"]
+SAMPLE_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".jsonl.gz", ".ndjson.gz", ".csv.gz")
 Column = Literal["text", "text_a", "text_b", "label", "id", "split"]
 
 
@@ -62,6 +63,14 @@ class FileSourceSettings(_Source):
     kind: Literal["file"]
     path: Path
     follow: bool = False  # go on reading when rows are appended
+
+    @model_validator(mode="after")
+    def _format_is_known(self) -> Self:
+        if not self.path.name.lower().endswith(SAMPLE_SUFFIXES):
+            raise ValueError(f"path {self.path} ends in none of {', '.join(SAMPLE_SUFFIXES)}; the ending states the format")
+        if self.follow and self.path.name.lower().endswith(".gz"):
+            raise ValueError(f"path {self.path} is compressed and cannot be followed; set follow = false")
+        return self
 
 
 class FolderSourceSettings(_Source):
