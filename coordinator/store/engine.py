@@ -141,10 +141,9 @@ def explain_revision(found: str | None) -> str | None:
 
 def _check_schema(store: Store) -> None:
     url = store.url
-    if url.get_backend_name() == "sqlite":
-        # A read-only look must not make an empty file.
-        if not Path(str(url.database)).is_file():
-            raise StoreError(f"database {url.database} does not exist: {CURE}")
+    # A look must not make an empty file.
+    if url.get_backend_name() == "sqlite" and not Path(str(url.database)).is_file():
+        raise StoreError(f"database {url.database} does not exist: {CURE}")
     with store.read() as session:
         trouble = explain_revision(schema_revision(session.connection()))
     if trouble:
@@ -193,7 +192,7 @@ def set_writer_pragmas(connection: sqlite3.Connection, _record: object) -> None:
     # After a burst, give the log's disk space back.
     connection.execute(f"PRAGMA journal_size_limit = {_WAL_LIMIT_BYTES}")
     # Move the log into the database every 16 MiB: the default of 4 MiB is three batches, and each move is two fsyncs.
-    connection.execute("PRAGMA wal_autocheckpoint = 4096")
+    connection.execute("PRAGMA wal_autocheckpoint = 16384")
     # The index over sample ids is written at random places; keep it in memory (64 MiB).
     connection.execute("PRAGMA cache_size = -65536")
 
@@ -226,7 +225,7 @@ def _translate(context: ExceptionContext) -> None:
     retryable = retryable or (code is not None and code.startswith(_RETRYABLE_POSTGRESQL))
     retryable = retryable or (type(error).__name__ == "OperationalError" and name is None and code is None)
     if retryable:
-        context.chained_exception = StoreUnavailable(_describe(None if context.engine is None else context.engine.url, error))  # type: ignore[assignment]
+        context.chained_exception = StoreUnavailable(_describe(None if context.engine is None else context.engine.url, error))
 
 
 def _describe(url: URL | None, error: BaseException) -> str:

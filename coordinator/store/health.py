@@ -18,8 +18,7 @@ from side_tuning.wire.messages import Health, SpoolCount
 def record_health(session: Session, device: str, health: Health, received_at: datetime, *, retained: bool = False) -> None:
     """Take in one health message.
 
-    Args:
-        retained: the broker kept it for us, so it may be old: it must not make a dead device look alive.
+    `retained` says that the broker kept it for us: it may be old and must not make a dead device look alive.
     """
     row = open_devices(session, [device], received_at)[device]
     if health.presence == "lost":
@@ -75,6 +74,6 @@ def _record_spool(session: Session, device: Device, count: SpoolCount, sent_at: 
     others = (Spool.device_id == device.id, Spool.id != spool.id, Spool.superseded_at.is_(None))
     session.execute(update(Spool).where(*others).values(superseded_at=received_at))
     raise_floor(session, spool, count.floor)
-    close_incomplete(session, spool, spool.floor - 1, "the device gave up the rest")
+    close_incomplete(session, device, spool, "the device gave up the rest")
 
 

@@ -9,10 +9,24 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, Double, ForeignKey, Index, Integer, LargeBinary, MetaData, String, Text, UniqueConstraint, text
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Text,
+    UniqueConstraint,
+    text,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 from coordinator.store.timestamps import Timestamp
+from side_tuning.wire.frame import Split
 
 # SQLite numbers rows by itself only for the type INTEGER, which there has 64 bits anyway.
 BigId = BigInteger().with_variant(Integer, "sqlite")
@@ -196,9 +210,9 @@ class SampleRow(Base):
     frame_id: Mapped[int] = mapped_column(ForeignKey("frames.id"))
     position: Mapped[int]
     device_id: Mapped[int] = mapped_column(ForeignKey("devices.id"))
-    sample_id: Mapped[str] = mapped_column(String(64))
+    sample_id: Mapped[bytes]  # the hexadecimal id as bytes: the index over it is the largest random write
     label: Mapped[int | None]
-    split: Mapped[str] = mapped_column(String(16))
+    split: Mapped[Split] = mapped_column(String(16))
     tokens: Mapped[int]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -11,9 +10,8 @@ from typing import Protocol
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
-from coordinator.store.accounts import insert_into
-from coordinator.store.models import Device, FramePart, FrameRow, Rejection, Spool
-from coordinator.store.rejections import RejectedMessage, keep_rejected
+from coordinator.store.models import Device, FramePart, Spool
+from coordinator.store.rejections import RejectedMessage, is_here, keep_rejected
 from side_tuning.wire.bounded import FrameError
 from side_tuning.wire.frame import Frame, Part, decode, decode_frame, join_parts
 
@@ -77,23 +75,22 @@ def keep_parts(session: Session, parts: Mapping[int, tuple[Spool, _Received]]) -
 
 
 def _insert_part(session: Session, spool: Spool, part: Part, item: _Received) -> bool:
-    for model in (FrameRow, Rejection):
-        whole = select(model.id).where(model.spool_id == spool.id, model.sequence == part.first, model.span > 1)
-        if session.scalar(whole) is not None:
-            return False
-    first_of_its_frame = session.scalar(select(FramePart.id).where(FramePart.spool_id == spool.id, FramePart.first == part.first).limit(1)) is None
-    insert = insert_into(session, FramePart).on_conflict_do_nothing(index_elements=["spool_id", "sequence"])
-    row = {
-        "spool_id": spool.id,
-        "sequence": part.sequence,
-        "first": part.first,
-        "count": part.count,
-        "samples": part.samples,
-        "received_at": item.received_at,
-        "payload": item.payload,
-    }
-    if session.execute(insert.returning(FramePart.id), [row]).first() is None:
+    if is_here(session, spool.id, part.sequence):
         return False
+    others = select(FramePart.id).where(FramePart.spool_id == spool.id, FramePart.first == part.first).limit(1)
+    first_of_its_frame = session.scalar(others) is None
+    session.add(
+        FramePart(
+            spool_id=spool.id,
+            sequence=part.sequence,
+            first=part.first,
+            count=part.count,
+            samples=part.samples,
+            received_at=item.received_at,
+            payload=item.payload,
+        )
+    )
+    session.flush()
     spool.known_sequences += 1
     if part.sequence <= spool.stored_through:
         spool.skipped_sequences = max(spool.skipped_sequences - 1, 0)
@@ -116,28 +113,26 @@ def _join(spool: Spool, payloads: list[bytes], received_at: datetime) -> tuple[W
     return WholeFrame(spool, frame, joined, received_at, span=len(payloads), from_parts=True), joined
 
 
-def close_incomplete(session: Session, spool: Spool, through: int, reason: str) -> int:
-    """Reject every frame whose parts all lie at or below `through` and some of which never came; how many that were."""
-    rows = session.execute(
-        select(FramePart.id, FramePart.first, FramePart.count, FramePart.sequence, FramePart.samples, FramePart.received_at)
-        .where(FramePart.spool_id == spool.id, FramePart.first + FramePart.count - 1 <= through)
-        .order_by(FramePart.sequence)
-    )
-    groups = defaultdict(list)
-    for row in rows:
-        groups[row.first].append(row)
-    if not groups:
-        return 0
-    device = session.get_one(Device, spool.device_id)
-    for first, parts in groups.items():
-        session.execute(delete(FramePart).where(FramePart.id.in_([part.id for part in parts])))
-        spool.assembling_samples = max(spool.assembling_samples - parts[0].samples, 0)
-        spool.known_sequences -= len(parts)
-        spool.skipped_sequences += len(parts) - 1
-        lowest = parts[0].sequence
+def close_incomplete(session: Session, device: Device, spool: Spool, reason: str) -> int:
+    """Reject every frame whose parts all lie below the floor and some of which never came; how many that were."""
+    firsts = session.scalars(
+        select(FramePart.first).distinct().where(FramePart.spool_id == spool.id, FramePart.first + FramePart.count <= spool.floor)
+    ).all()
+    for first in firsts:
+        reject_incomplete(session, device, spool, first, reason)
+    return len(firsts)
+
+
+def reject_incomplete(session: Session, device: Device, spool: Spool, first: int, reason: str) -> None:
+    """Turn the parts that came of one frame into rejections: one that counts its samples, and its parts with it."""
+    group = (FramePart.spool_id == spool.id, FramePart.first == first)
+    parts = session.scalars(select(FramePart).where(*group).order_by(FramePart.sequence)).all()
+    session.execute(delete(FramePart).where(*group))
+    spool.assembling_samples = max(spool.assembling_samples - parts[0].samples, 0)
+    for part in parts:
+        spool.known_sequences -= 1
         # The device counts a frame's samples with its first part, and so do we: without that part they are its drop.
-        samples = parts[0].samples if lowest == first else 0
-        reason_here = f"{len(parts)} of {parts[0].count} parts came, then {reason}"
-        message = RejectedMessage(device.name, "", b"", reason_here, parts[0].received_at, spool.spool, lowest, 1, samples)
+        samples = part.samples if part.sequence == first else 0
+        told = f"part of a frame of {part.count} parts of which {len(parts)} came; {reason}"
+        message = RejectedMessage(device.name, "", part.payload, told, part.received_at, spool.spool, part.sequence, 1, samples)
         keep_rejected(session, device, spool, message, was_here=True)
-    return len(groups)

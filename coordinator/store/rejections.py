@@ -9,7 +9,7 @@ from datetime import datetime
 from sqlalchemy import select
 from sqlalchemy.orm import Session, contains_eager
 
-from coordinator.store.accounts import open_devices, open_spools, advance_spool
+from coordinator.store.accounts import advance_spool, open_devices, open_spools
 from coordinator.store.models import Device, FramePart, FrameRow, Rejection, Spool
 
 MAX_REASON_CHARACTERS = 500
@@ -81,10 +81,7 @@ def insert_rejection(
 def keep_rejected(session: Session, device: Device, spool: Spool | None, message: RejectedMessage, *, was_here: bool = False) -> bool:
     """Store and count a rejected message; False if what it names is stored or rejected already.
 
-    The caller moves `stored_through` on.
-
-    Args:
-        was_here: its parts were stored, and so perhaps receipted, until now.
+    The caller moves `stored_through` on. `was_here` says that it was stored as a part, and perhaps receipted, until now.
     """
     digest = hashlib.sha256(message.payload).hexdigest()[:32]
     if spool is None or message.sequence is None:
@@ -137,7 +134,7 @@ def is_here(session: Session, spool_id: int, sequence: int) -> bool:
             .order_by(model.sequence.desc())
             .limit(1)
         ).first()
-        if nearest is not None and nearest[0] + nearest[1] > sequence:
+        if nearest is not None and (nearest[0] or 0) + nearest[1] > sequence:
             return True
     return session.scalar(select(FramePart.id).where(FramePart.spool_id == spool_id, FramePart.sequence == sequence)) is not None
 

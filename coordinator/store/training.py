@@ -82,7 +82,10 @@ def training_samples_after(session: Session, sample_row_id: int, limit: int) -> 
         .order_by(SampleRow.id)
         .limit(limit)
     )
-    return [StoredSample(*row) for row in rows]
+    return [
+        StoredSample(row_id, frame_id, position, device, sample_id.hex(), label, split, tokens, backbone, plan_version)
+        for row_id, frame_id, position, device, sample_id, label, split, tokens, backbone, plan_version in rows.tuples()
+    ]
 
 
 def frame_payloads(session: Session, frame_ids: Iterable[int]) -> dict[int, bytes]:
@@ -105,7 +108,7 @@ def insert_run(session: Session, run: str, settings: Mapping[str, Any], at: date
     return True
 
 
-def insert_evaluation(
+def insert_evaluation(  # noqa: PLR0917 - one row, in the order of its columns
     session: Session, run: str, step: int, scope: Scope, name: str, accuracy: float, loss: float, samples: int, at: datetime
 ) -> None:
     """Keep one held-out measurement; `name` is the device or fingerprint (for the fleet: "fleet")."""
@@ -122,10 +125,15 @@ def evaluations(session: Session, run: str, scope: Scope = "fleet", limit: int =
         .order_by(Evaluation.step.desc(), Evaluation.id.desc())
         .limit(limit)
     )
-    return [StoredEvaluation(run, step, scope, *rest) for step, *rest in rows][::-1]
+    newest_first = [
+        StoredEvaluation(run, step, scope, name, accuracy, loss, samples, at) for step, name, accuracy, loss, samples, at in rows.tuples()
+    ]
+    return newest_first[::-1]
 
 
-def insert_checkpoint(session: Session, run: str, step: int, folder: str, metrics: Mapping[str, Any], at: datetime) -> int:
+def insert_checkpoint(  # noqa: PLR0917 - one row, in the order of its columns
+    session: Session, run: str, step: int, folder: str, metrics: Mapping[str, Any], at: datetime
+) -> int:
     """Offer a checkpoint; returns its generation, higher than any before."""
     row = Checkpoint(run_id=_run_id(session, run), step=step, folder=str(folder), metrics=dict(metrics), created_at=at)
     session.add(row)

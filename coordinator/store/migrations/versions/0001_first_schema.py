@@ -216,7 +216,7 @@ def upgrade() -> None:
         sa.Column("frame_id", BIG_INTEGER, nullable=False),
         sa.Column("position", BIG_INTEGER, nullable=False),
         sa.Column("device_id", BIG_INTEGER, nullable=False),
-        sa.Column("sample_id", sa.String(length=64), nullable=False),
+        sa.Column("sample_id", sa.LargeBinary(), nullable=False),
         sa.Column("label", BIG_INTEGER, nullable=True),
         sa.Column("split", sa.String(length=16), nullable=False),
         sa.Column("tokens", BIG_INTEGER, nullable=False),
