@@ -19,7 +19,7 @@ import numpy as np
 class GrowingArray:
     """A numpy array that can be appended to; capacity doubles."""
 
-    def __init__(self, dtype: type[np.generic]) -> None:
+    def __init__(self, dtype: np.dtype | type[np.generic]) -> None:
         self._buffer: np.ndarray = np.empty(16, dtype)
         self._length = 0
 
@@ -72,6 +72,11 @@ class Sampler:
     def counts(self) -> np.ndarray:
         """How often each sample has been drawn."""
         return self._counts.values
+
+    @property
+    def exhausted(self) -> bool:
+        """Every sample has reached the replay cap."""
+        return not self._tabulate().devices
 
     def add(self, devices: np.ndarray, labels: np.ndarray, counts: np.ndarray | None = None) -> None:
         """Append samples; `counts` are given when a run is resumed."""

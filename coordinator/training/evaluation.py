@@ -1,0 +1,81 @@
+"""Held-out accuracy with the averaged weights: fleet, per device, per backbone type, worst device.
+
+It computes what the devices themselves would predict: same weights, same quantized activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from coordinator.store.training import Scope
+from coordinator.training.learner import Learner
+from coordinator.training.tap_cache import TapCache
+
+_ROWS_AT_A_TIME = 512
+_TOKEN_ROWS_AT_A_TIME = 32  # `sequence` mode: attention over padded tokens takes memory
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One figure; `name` is a device or fingerprint, "fleet", or the worst device's name."""
+
+    scope: Scope
+    name: str
+    accuracy: float
+    loss: float  # cross entropy, nats per sample
+    samples: int
+
+
+def evaluate(cache: TapCache, learner: Learner, largest: int) -> list[Measurement]:
+    """Measure on up to `largest` held-out samples, spread evenly over all; empty where there are none."""
+    held_out = np.flatnonzero(cache.records["held_out"])
+    if not len(held_out):
+        return []
+    if len(held_out) > largest:
+        held_out = held_out[np.linspace(0, len(held_out) - 1, largest).astype(np.int64)]
+    # By backbone type, so that every batch is one group and its losses keep their order.
+    held_out = held_out[np.argsort(cache.records["shard"][held_out], kind="stable")]
+    records = cache.records[held_out]
+    correct = np.empty(len(held_out), bool)
+    losses = np.empty(len(held_out), np.float64)
+    size = _ROWS_AT_A_TIME if cache.mode == "pooled" else _TOKEN_ROWS_AT_A_TIME
+    for start in range(0, len(held_out), size):
+        done = start
+        for rows in cache.gather(held_out[start : start + size]):
+            logits = learner.logits(rows).astype(np.float64)
+            here = slice(done, done + len(rows.labels))
+            correct[here] = logits.argmax(1) == rows.labels
+            logits -= logits.max(1, keepdims=True)
+            losses[here] = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(logits)), rows.labels]
+            done = here.stop
+
+    def measure(scope: Scope, name: str, chosen: np.ndarray) -> Measurement:
+        return Measurement(scope, name, float(correct[chosen].mean()), float(losses[chosen].mean()), int(chosen.sum()))
+
+    devices = [measure("device", cache.devices[d], records["device"] == d) for d in np.unique(records["device"])]
+    shards = [measure("backbone", cache.shards[s].fingerprint, records["shard"] == s) for s in np.unique(records["shard"])]
+    worst = min(devices, key=lambda device: (device.accuracy, device.name))
+    return [
+        measure("fleet", "fleet", np.ones(len(held_out), bool)),
+        *devices,
+        *shards,
+        Measurement("worst-device", worst.name, worst.accuracy, worst.loss, worst.samples),
+    ]
+
+
+def metrics(measurements: Sequence[Measurement]) -> dict[str, float]:
+    """The headline figures that travel with a checkpoint."""
+    found: dict[str, float] = {}
+    for measurement in measurements:
+        if measurement.scope == "fleet":
+            found |= {
+                "accuracy": measurement.accuracy,
+                "loss": measurement.loss,
+                "held_out_samples": float(measurement.samples),
+            }
+        if measurement.scope == "worst-device":
+            found["worst_device_accuracy"] = measurement.accuracy
+    return found

@@ -1,0 +1,241 @@
+"""Decoded activations on disk, float16, read through memory maps: an epoch never decodes twice.
+
+One shard per (backbone fingerprint, layers), one index for all, and `cache.json`, which says how much of them counts;
+it is replaced last, so a crash in between only loses what comes again from the store. Everything here can be rebuilt
+from the store; whatever does not fit together is thrown away. Memory holds the index (41 bytes a sample), no vectors.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from coordinator.files import write_atomically
+from coordinator.training.learner import Rows
+from coordinator.training.sampler import GrowingArray
+from side_tuning.network.side_network import pad_tokens
+from side_tuning.wire.messages import Mode
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+LARGEST = 65_504.0  # of float16; larger values are clipped to it
+RECORD = np.dtype(
+    [
+        ("row_id", "<i8"),  # of the sample in the store
+        ("start", "<i8"),  # first row in the shard
+        ("rows", "<i4"),  # 1 in `pooled` mode, tokens else
+        ("shard", "<i4"),
+        ("device", "<i4"),
+        ("label", "<i4"),
+        ("held_out", "?"),
+    ],
+    align=False,
+)
+
+
+@dataclass
+class Shard:
+    """The vectors of one backbone type: `rows` x its distinct tapped layers x `width`."""
+
+    fingerprint: str
+    layers: tuple[int, ...]  # distinct, ascending
+    layers_per_block: tuple[int, ...]
+    width: int
+    rows: int = 0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One sample to keep; `vectors` is (rows, layers, width)."""
+
+    row_id: int
+    device: str
+    label: int
+    held_out: bool
+    vectors: np.ndarray
+
+
+class TapCache:
+    """Samples numbered 0, 1, 2, ... in the order of their row ids in the store."""
+
+    def __init__(self, folder: Path, key: Mapping[str, object], mode: Mode) -> None:
+        """Open the cache in `folder`, or begin an empty one if it was made for another `key` or does not fit together."""
+        self.folder = folder
+        self.mode: Mode = mode
+        self.watermark = 0  # every sample of the store up to this row id has been looked at
+        self.devices: list[str] = []
+        self.shards: list[Shard] = []
+        self.skipped: Counter[str] = Counter()  # reason -> samples that cannot be used
+        self._key = json.loads(json.dumps(key))
+        self._index = GrowingArray(RECORD)
+        self._maps: dict[int, np.ndarray] = {}
+        self._files: dict[str, BinaryIO] = {}
+        reason = self._load()
+        if reason:
+            if folder.exists():
+                log.warning("the tap cache %s %s; it is made anew from the store", folder, reason)
+            self.clear()
+
+    # What is in it.
+
+    @property
+    def records(self) -> np.ndarray:
+        """The index, one `RECORD` per sample; a view."""
+        return self._index.values
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def shard_number(self, fingerprint: str) -> int | None:
+        return next((n for n, shard in enumerate(self.shards) if shard.fingerprint == fingerprint), None)
+
+    def gather(self, numbers: np.ndarray) -> list[Rows]:
+        """The samples with these numbers, grouped by backbone type, as float32."""
+        records = self.records[numbers]
+        return [self._rows(int(shard), records[records["shard"] == shard]) for shard in np.unique(records["shard"])]
+
+    def _rows(self, number: int, records: np.ndarray) -> Rows:
+        shard = self.shards[number]
+        vectors = self._map(number)
+        labels = records["label"].astype(np.int64)
+        block_of = [shard.layers.index(layer) for layer in shard.layers_per_block]
+        if self.mode == "pooled":
+            return Rows(shard.fingerprint, vectors[records["start"]][:, block_of].astype(np.float32), None, labels)
+        lengths = records["rows"].tolist()
+        parts = [vectors[start : start + rows] for start, rows in zip(records["start"].tolist(), lengths, strict=True)]
+        padded, mask = pad_tokens(np.concatenate(parts)[:, block_of].astype(np.float32), lengths)
+        return Rows(shard.fingerprint, np.ascontiguousarray(padded.transpose(0, 2, 1, 3)), mask, labels)
+
+    def _map(self, number: int) -> np.ndarray:
+        if number not in self._maps:
+            shard = self.shards[number]
+            shape = (shard.rows, len(shard.layers), shard.width)
+            self._maps[number] = np.memmap(self._shard_path(number), np.float16, mode="r", shape=shape)
+        return self._maps[number]
+
+    # Putting in.
+
+    def open_shard(self, fingerprint: str, layers_per_block: Sequence[int], width: int) -> int:
+        """The number of the shard for this backbone type; made if there is none."""
+        known = self.shard_number(fingerprint)
+        if known is not None:
+            return known
+        layers = tuple(sorted(set(layers_per_block)))
+        self.shards.append(Shard(fingerprint, layers, tuple(layers_per_block), width))
+        return len(self.shards) - 1
+
+    def append(self, shard_number: int, entries: Iterable[Entry]) -> np.ndarray:
+        """Write vectors; returns their index records, which count from `commit` on."""
+        shard = self.shards[shard_number]
+        file = self._file(self._shard_path(shard_number))
+        records = []
+        for entry in entries:
+            if entry.vectors.shape[1:] != (len(shard.layers), shard.width):
+                raise ValueError(f"vectors of shape {entry.vectors.shape} do not fit shard {shard_number}")
+            file.write(np.clip(entry.vectors, -LARGEST, LARGEST).astype("<f2").tobytes())
+            device = self._device_number(entry.device)
+            count = len(entry.vectors)
+            records.append((entry.row_id, shard.rows, count, shard_number, device, entry.label, entry.held_out))
+            shard.rows += count
+        self._maps.pop(shard_number, None)
+        return np.array(records, RECORD)
+
+    def commit(self, records: np.ndarray, watermark: int) -> None:
+        """Let `records` count, ascending by row id, and remember that the store was read up to `watermark`."""
+        self._file(self.folder / "index").write(records.tobytes())
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        self._index.append(records)
+        self.watermark = watermark
+        self._write_description()
+
+    def clear(self) -> None:
+        """Throw everything away and begin empty."""
+        self.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        self.watermark = 0
+        self.devices, self.shards, self.skipped = [], [], Counter()
+        self._index = GrowingArray(RECORD)
+        self._write_description()
+
+    def close(self) -> None:
+        self._maps.clear()
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    # Files.
+
+    def _device_number(self, device: str) -> int:
+        if device not in self.devices:
+            self.devices.append(device)
+        return self.devices.index(device)
+
+    def _shard_path(self, number: int) -> Path:
+        return self.folder / f"shard-{number}"
+
+    def _file(self, path: Path) -> BinaryIO:
+        if path.name not in self._files:
+            self._files[path.name] = path.open("ab")
+        return self._files[path.name]
+
+    def _write_description(self) -> None:
+        description = {
+            "format": FORMAT,
+            "key": self._key,
+            "watermark": self.watermark,
+            "samples": len(self._index),
+            "devices": self.devices,
+            "shards": [asdict(shard) for shard in self.shards],
+            "skipped": dict(self.skipped),
+        }
+        write_atomically(self.folder / "cache.json", json.dumps(description).encode())
+
+    def _load(self) -> str | None:
+        """Read what is there; the reason, if it cannot be used."""
+        try:
+            description = json.loads((self.folder / "cache.json").read_bytes())
+            if description["format"] != FORMAT or description["key"] != self._key:
+                return "was made for another tap plan or run"
+            self.shards = [
+                Shard(s["fingerprint"], tuple(s["layers"]), tuple(s["layers_per_block"]), s["width"], s["rows"])
+                for s in description["shards"]
+            ]
+            self.devices = [str(device) for device in description["devices"]]
+            self.skipped = Counter(description["skipped"])
+            self.watermark = int(description["watermark"])
+            self._cut(self.folder / "index", description["samples"] * RECORD.itemsize)
+            for number, shard in enumerate(self.shards):
+                self._cut(self._shard_path(number), shard.rows * len(shard.layers) * shard.width * 2)
+            records = np.fromfile(self.folder / "index", RECORD) if description["samples"] else np.empty(0, RECORD)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return f"does not fit together ({type(error).__name__}: {error})"
+        for number, shard in enumerate(self.shards):
+            own = records[records["shard"] == number]
+            if len(own) and int((own["start"] + own["rows"]).max()) > shard.rows:
+                return f"does not fit together (the index goes past the end of shard {number})"
+        if (np.diff(records["row_id"]) <= 0).any() or (records["shard"] >= len(self.shards)).any():
+            return "does not fit together (the index is out of order)"
+        self._index.append(records)
+        return None
+
+    @staticmethod
+    def _cut(path: Path, size: int) -> None:
+        """Cut off what was written after the last commit."""
+        found = path.stat().st_size if path.exists() else 0
+        if found < size:
+            raise ValueError(f"{path.name} has {found} bytes of {size}")
+        if found > size:
+            os.truncate(path, size)

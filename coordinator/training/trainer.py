@@ -1,0 +1,305 @@
+"""MAIN FLOW 2: stored samples -> sampler -> batch -> align -> side network -> step -> evaluate -> checkpoint.
+
+One loop, in `train`. It begins when `min_samples` are stored, pays for its steps with new samples (the replay ratio)
+and only looks for new ones, once a second, while the fleet is quiet. All of its state is in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+
+import numpy as np
+import torch
+
+from coordinator.settings import CoordinatorSettings
+from coordinator.store.engine import Store, open_store
+from coordinator.store.errors import StoreUnavailable
+from coordinator.store.registry import newest_plan
+from coordinator.store.training import insert_checkpoint, insert_evaluation, latest_checkpoint
+from coordinator.training.checkpoints import Progress, metrics_of, prune_checkpoints, resume, save_checkpoint
+from coordinator.training.evaluation import Measurement, evaluate, metrics
+from coordinator.training.learner import Learner, side_network_config
+from coordinator.training.run_state import RunIdentity, begin_or_continue, what_is_learned
+from coordinator.training.sampler import GrowingArray, Sampler
+from coordinator.training.take_in import SAMPLES_AT_A_TIME, take_in
+from coordinator.training.tap_cache import TapCache
+from side_tuning.wire.messages import TapPlan
+
+log = logging.getLogger(__name__)
+
+Now = Callable[[], datetime]
+
+
+def utc_now() -> datetime:
+    return datetime.now(timezone.utc)
+
+
+@dataclass
+class Training:
+    """One run under way."""
+
+    run: RunIdentity
+    plan: TapPlan
+    learner: Learner
+    sampler: Sampler
+    cache: TapCache
+    step: int = 0
+    samples_drawn: int = 0
+    seen: int = 0  # cache entries that the sampler and the learner know
+    numbers: GrowingArray = field(default_factory=lambda: GrowingArray(np.int64))  # train sample -> its number in the cache
+    measured: tuple[int, int] = (0, 0)  # step and cache length at the last evaluation
+    measurements: list[Measurement] = field(default_factory=list)
+    saved_step: int = 0
+    offered_step: int = 0  # the store knows of this one
+    store_failures: int = 0  # in a row
+
+
+def run(settings: CoordinatorSettings, stop: threading.Event, now: Now = utc_now) -> None:
+    """Train until `stop` is set; a changed plan begins a new run."""
+    torch.set_num_threads(settings.training.threads)
+    if settings.training.device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("training.device is cuda, but torch finds no CUDA device: set it to cpu, or install a CUDA build of torch")
+    store = open_store(settings.database_url)
+    try:
+        while not stop.is_set():
+            plan = _fleet_plan(store)
+            if plan is None:
+                stop.wait(settings.training.poll_seconds)
+                continue
+            training = open_training(store, settings, plan, now)
+            try:
+                train(training, store, settings, stop, now)
+            finally:
+                training.cache.close()
+    finally:
+        store.close()
+
+
+def open_training(store: Store, settings: CoordinatorSettings, plan: TapPlan, now: Now = utc_now) -> Training:
+    """The last run with everything it had learned, or a new one."""
+    run = begin_or_continue(store, settings.data_directory, plan, settings.training, now())
+    config = side_network_config(settings.training, blocks=plan.blocks, classes=len(plan.labels), mode=plan.mode)
+    learner = Learner(settings.training, config)
+    cache = TapCache(settings.data_directory / "tap-cache", {"run": run.name, **run.made_for}, plan.mode)
+    sampler = Sampler(
+        seed=settings.training.seed,
+        tau=settings.training.tau,
+        class_tau=settings.training.class_tau,
+        replay_cap=settings.training.replay_cap,
+    )
+    training = Training(run, plan, learner, sampler, cache)
+    progress = resume(settings.checkpoints_directory / run.name, learner)
+    if progress is not None:
+        _restore(training, store, progress)
+    for folder in settings.checkpoints_directory.glob("*/"):
+        prune_checkpoints(folder, settings.training.keep_checkpoints if folder.name == run.name else 1)
+    return training
+
+
+def train(training: Training, store: Store, settings: CoordinatorSettings, stop: threading.Event, now: Now = utc_now) -> None:
+    """The loop; returns when `stop` is set or the plan has changed, with everything saved."""
+    knobs = settings.training
+    began = time.monotonic()
+    polled_at = evaluated_at = saved_at = stepped_at = began
+    behind = True
+    while not stop.is_set():
+        clock = time.monotonic()
+        if behind or clock - polled_at >= knobs.poll_seconds:
+            behind, polled_at = _look_for_samples(training, store), clock
+            if _plan_changed(training, store, settings):
+                break
+            _offer(training, store, settings, now)
+        if may_step(training, settings):
+            take_step(training, settings)
+            stepped_at = time.monotonic()
+        elif not behind:
+            stop.wait(max(0.0, polled_at + knobs.poll_seconds - clock))
+
+        clock = time.monotonic()
+        settled = clock - stepped_at >= knobs.settle_seconds
+        if _evaluation_due(training, settled=settled, seconds=clock - evaluated_at, settings=settings):
+            _evaluate(training, store, settings, now)
+            evaluated_at = time.monotonic()
+        if _checkpoint_due(training, settled=settled, seconds=clock - saved_at, settings=settings):
+            _save(training, store, settings, now)
+            saved_at = time.monotonic()
+    if training.step > training.saved_step:
+        _save(training, store, settings, now)
+
+
+def may_step(training: Training, settings: CoordinatorSettings) -> bool:
+    """Enough samples to begin with, and enough of them for the draws so far."""
+    knobs, stored = settings.training, training.sampler.samples
+    paid_for = training.samples_drawn + knobs.batch_size <= knobs.replay_ratio * stored
+    return stored >= knobs.min_samples and paid_for and not training.sampler.exhausted
+
+
+def take_step(training: Training, settings: CoordinatorSettings) -> float:
+    """Batch `training.step`: draw, gather, learn."""
+    picked = training.sampler.draw(training.step, settings.training.batch_size)
+    batch = training.cache.gather(training.numbers.values[picked])
+    loss = training.learner.step(batch, training.step)
+    training.step += 1
+    training.samples_drawn += len(picked)
+    return loss
+
+
+def take_up(training: Training, until_row_id: int | None = None, counts: dict[int, int] | None = None) -> None:
+    """Tell the sampler and the learner of cache entries that they do not know yet."""
+    records = training.cache.records[training.seen :]
+    if until_row_id is not None:
+        records = records[: np.searchsorted(records["row_id"], until_row_id, side="right")]
+    for number in dict.fromkeys(records["shard"].tolist()):  # in order of appearance
+        shard = training.cache.shards[number]
+        if shard.fingerprint not in training.learner.alignments:
+            training.learner.add_backbone(shard.fingerprint, shard.width, step=training.step)
+            log.info("backbone %s joins at step %d", shard.fingerprint, training.step)
+    train = np.flatnonzero(~records["held_out"])
+    drawn = None
+    if counts is not None:
+        drawn = np.array([counts.get(row_id, 0) for row_id in records["row_id"][train].tolist()], np.int32)
+    training.sampler.add(records["device"][train], records["label"][train], drawn)
+    training.numbers.append(train + training.seen)
+    training.seen += len(records)
+
+
+def progress_of(training: Training) -> Progress:
+    row_ids = training.cache.records["row_id"]
+    return Progress(
+        step=training.step,
+        samples_drawn=training.samples_drawn,
+        watermark=int(row_ids[training.seen - 1]) if training.seen else 0,
+        row_ids=row_ids[training.numbers.values],
+        counts=training.sampler.counts,
+    )
+
+
+def _restore(training: Training, store: Store, progress: Progress) -> None:
+    while training.cache.watermark < progress.watermark and take_in(store, training.cache, training.plan):
+        pass  # the cache was lost: fill it as far as the run had seen
+    training.step, training.samples_drawn = progress.step, progress.samples_drawn
+    training.saved_step = progress.step
+    with store.read() as session:
+        newest = latest_checkpoint(session)
+    if newest is not None and newest.run == training.run.name:
+        training.offered_step = newest.step
+    counts = dict(zip(progress.row_ids.tolist(), progress.counts.tolist(), strict=True))
+    take_up(training, progress.watermark, counts)
+    if training.sampler.samples != len(counts):
+        log.warning("of %d train samples that the run had seen, %d are still stored", len(counts), training.sampler.samples)
+    log.info("resumed at step %d with %d train samples", training.step, training.sampler.samples)
+
+
+def _fleet_plan(store: Store) -> TapPlan | None:
+    with store.read() as session:
+        return newest_plan(session)
+
+
+def _look_for_samples(training: Training, store: Store) -> bool:
+    """Take in what is new; True if there may be more."""
+    try:
+        read = take_in(store, training.cache, training.plan)
+    except StoreUnavailable as error:
+        _note_failure(training, "samples cannot be read", error)
+        return False
+    training.store_failures = 0
+    take_up(training)
+    return read >= SAMPLES_AT_A_TIME
+
+
+def _plan_changed(training: Training, store: Store, settings: CoordinatorSettings) -> bool:
+    try:
+        plan = _fleet_plan(store)
+    except StoreUnavailable as error:
+        _note_failure(training, "the tap plan cannot be read", error)
+        return False
+    if plan is None or plan == training.plan:
+        return False
+    if what_is_learned(plan, settings.training) != what_is_learned(training.plan, settings.training):
+        log.warning("tap plan %d asks for another side network than plan %d: a new run begins", plan.version, training.plan.version)
+        return True
+    training.plan = plan
+    return False
+
+
+def _evaluation_due(training: Training, *, settled: bool, seconds: float, settings: CoordinatorSettings) -> bool:
+    if training.step == 0 or training.measured == (training.step, training.seen):
+        return False
+    knobs = settings.training
+    return seconds >= knobs.evaluate_every_seconds or (settled and seconds >= knobs.settle_seconds)
+
+
+def _evaluate(training: Training, store: Store, settings: CoordinatorSettings, now: Now) -> None:
+    training.measurements = evaluate(training.cache, training.learner, settings.training.evaluate_samples)
+    training.measured = (training.step, training.seen)
+    at = now()
+    try:
+        with store.write() as session:
+            for m in training.measurements:
+                insert_evaluation(session, training.run.name, training.step, m.scope, m.name, m.accuracy, m.loss, m.samples, at)
+    except StoreUnavailable as error:
+        _note_failure(training, f"evaluation of step {training.step} cannot be stored", error)
+    figures = metrics(training.measurements)
+    log.info(
+        "step %d: %d train samples, accuracy %.3f, worst device %.3f",
+        training.step,
+        training.sampler.samples,
+        figures.get("accuracy", 0.0),
+        figures.get("worst_device_accuracy", 0.0),
+    )
+
+
+def _checkpoint_due(training: Training, *, settled: bool, seconds: float, settings: CoordinatorSettings) -> bool:
+    if training.step == training.saved_step:
+        return False
+    knobs = settings.training
+    if training.saved_step == 0:  # what a fleet has learned first goes out soon
+        return settled or seconds >= min(knobs.evaluate_every_seconds, knobs.checkpoint_every_seconds)
+    return seconds >= knobs.checkpoint_every_seconds / (4 if settled else 1)
+
+
+def _save(training: Training, store: Store, settings: CoordinatorSettings, now: Now) -> None:
+    if training.measured != (training.step, training.seen):
+        _evaluate(training, store, settings, now)
+    figures = {**metrics(training.measurements), "train_samples": float(training.sampler.samples)}
+    folder = settings.checkpoints_directory / training.run.name
+    save_checkpoint(
+        folder,
+        training.learner,
+        progress_of(training),
+        run=training.run.name,
+        plan=training.plan,
+        metrics=figures,
+        created_at=now().timestamp(),
+    )
+    training.saved_step = training.step
+    _offer(training, store, settings, now)
+    prune_checkpoints(folder, settings.training.keep_checkpoints)
+
+
+def _offer(training: Training, store: Store, settings: CoordinatorSettings, now: Now) -> None:
+    """Tell the store of the newest folder, unless it knows; a crash or a full disk may have come in between."""
+    if training.offered_step >= training.saved_step:
+        return
+    path = settings.checkpoints_directory / training.run.name / f"{training.saved_step:08d}"
+    try:
+        with store.write() as session:
+            generation = insert_checkpoint(
+                session, training.run.name, training.saved_step, str(path.resolve()), metrics_of(path), now()
+            )
+    except StoreUnavailable as error:
+        _note_failure(training, f"checkpoint of step {training.saved_step} is saved but cannot be offered", error)
+        return
+    training.offered_step = training.saved_step
+    log.info("checkpoint %d: step %d in %s", generation, training.saved_step, path)
+
+
+def _note_failure(training: Training, what: str, error: StoreUnavailable) -> None:
+    training.store_failures += 1
+    level = logging.WARNING if training.store_failures == 1 else logging.DEBUG
+    log.log(level, "%s for now (failure %d in a row): %s", what, training.store_failures, error)
