@@ -23,7 +23,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from coordinator.training.settings import TrainingSettings
-from side_tuning.broker_connection import BrokerSettings
+from side_tuning.broker_settings import BrokerSettings
 from side_tuning.wire.messages import MAX_BLOCKS, MAX_LABELS, CodecName, Mode, Pooling
 
 ENVIRONMENT_PREFIX = "COORDINATOR_"

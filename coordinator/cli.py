@@ -1,0 +1,356 @@
+"""The `coordinator` command line. Subcommands parse, build and call one function; heavy imports are inside them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from coordinator.settings import CoordinatorSettings
+    from coordinator.store.engine import Store
+
+EXIT_CRASH = 1
+EXIT_CONFIG = 78  # as coordinator.settings says; not imported, to start fast
+
+app = typer.Typer(
+    name="coordinator",
+    help="Trains one side network from the activations that a fleet of devices sends.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+database_app = typer.Typer(help="The database's schema.", no_args_is_help=True)
+backbone_app = typer.Typer(help="Backbones that devices run.", no_args_is_help=True)
+plan_app = typer.Typer(help="The tap plan: what the devices send.", no_args_is_help=True)
+rejections_app = typer.Typer(help="Messages that were not accepted.", no_args_is_help=True)
+checkpoints_app = typer.Typer(help="Side networks offered to the devices.", no_args_is_help=True)
+app.add_typer(database_app, name="database")
+app.add_typer(backbone_app, name="backbone")
+app.add_typer(plan_app, name="plan")
+app.add_typer(rejections_app, name="rejections")
+app.add_typer(checkpoints_app, name="checkpoints")
+
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", envvar="COORDINATOR_CONFIG", help="TOML file; COORDINATOR_... variables go before it."),
+]
+
+
+# Programs.
+
+
+@app.command()
+def run(
+    config: Config = None,
+    broker: Annotated[str, typer.Option(help="embedded, mosquitto, or external: one that runs already.")] = "external",
+) -> None:
+    """Start and supervise the gateway, the trainer and, if asked, a broker on this machine."""
+    from coordinator.local_broker import broker_command
+    from coordinator.store.schema import upgrade
+    from coordinator.supervisor import Program, supervise
+
+    settings = _settings(config, "run")
+    if broker not in ("embedded", "mosquitto", "external"):
+        raise typer.BadParameter(f"{broker!r} is not one of embedded, mosquitto, external", param_hint="--broker")
+    upgrade(settings.database_url)
+    programs = []
+    if (command := broker_command(broker, settings)) is not None:  # type: ignore[arg-type]
+        programs.append(Program("broker", command))
+    place = [] if config is None else ["--config", str(config.resolve())]
+    programs += [Program(name, [sys.executable, "-m", "coordinator.cli", name, *place]) for name in ("gateway", "train")]
+    sys.exit(supervise(programs, _stop_on_signals()))
+
+
+@app.command()
+def gateway(config: Config = None) -> None:
+    """Receive frames and health, store them, send receipts, plans and checkpoints."""
+    from coordinator.gateway import run as run_gateway
+
+    run_gateway(_settings(config, "gateway"), _stop_on_signals())
+
+
+@app.command()
+def train(config: Config = None) -> None:
+    """Train the side network from what is stored, and offer checkpoints."""
+    from coordinator.training.trainer import run as run_trainer
+
+    run_trainer(_settings(config, "train"), _stop_on_signals())
+
+
+@app.command()
+def broker(port: Annotated[int, typer.Option(min=1, max=65_535, help="Port on the loopback.")] = 1883) -> None:
+    """Run the embedded broker: this machine only, no passwords, MQTT 3.1.1. For demonstrations."""
+    from coordinator.embedded_broker import run as run_broker
+
+    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)-7s broker: %(message)s", datefmt="%H:%M:%S")
+    run_broker(port)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def demo(context: typer.Context) -> None:
+    """Watch devices with unlike backbones teach one side network, all on this machine."""
+    from coordinator.demonstration.demo import run as run_demo
+
+    sys.exit(run_demo(list(context.args)))
+
+
+@app.command("check-config")
+def check_config(config: Config = None) -> None:
+    """Print the effective settings; passwords are masked."""
+    from coordinator.settings import describe_settings
+
+    print(describe_settings(_settings(config, "check-config")))
+
+
+# The database.
+
+
+@database_app.command("upgrade")
+def database_upgrade(config: Config = None) -> None:
+    """Make the tables, or bring an older schema up to date."""
+    from coordinator.store.schema import upgrade
+
+    settings = _settings(config, "database")
+    upgrade(settings.database_url)
+    print("the schema is up to date")
+
+
+@database_app.command("check")
+def database_check(config: Config = None) -> None:
+    """Say whether the database can be used by this program."""
+    with _store(config):
+        print("the database is fine")
+
+
+# Backbones.
+
+
+@backbone_app.command("prepare")
+def backbone_prepare(
+    model: Annotated[str, typer.Option(help="Folder or Hugging Face name of a model.")],
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers to keep; all by default.")] = None,
+    weights: Annotated[str, typer.Option(help="float, int8 or int4.")] = "int8",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest text that it will see.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of the fixed maps for `sequence` mode.")] = 0,
+) -> None:
+    """Cut and quantize a model into a backbone for devices."""
+    if weights not in ("float", "int8", "int4"):
+        raise typer.BadParameter(f"{weights!r} is not one of float, int8, int4", param_hint="--weights")
+    from coordinator.backbones import prepare
+
+    manifest = prepare(model, out, layers=layers, weights=weights, max_tokens=max_tokens, seed=seed, progress=print)  # type: ignore[arg-type]
+    print(f"{manifest.fingerprint}  {out}: {_describe_backbone(manifest)}")
+    print(f"next: coordinator backbone register {out}")
+
+
+@backbone_app.command("register")
+def backbone_register(folders: list[Path], config: Config = None) -> None:
+    """Accept frames from devices that run these backbones."""
+    from coordinator.store.registry import register_backbone
+    from side_tuning.backbone_manifest import read_manifest
+
+    manifests = [read_manifest(folder) for folder in folders]
+    with _store(config) as (_, store), store.write() as session:
+        for manifest in manifests:
+            register_backbone(session, manifest)
+    for manifest in manifests:
+        print(f"{manifest.fingerprint}  {_describe_backbone(manifest)}")
+
+
+@backbone_app.command("list")
+def backbone_list(config: Config = None) -> None:
+    """The registered backbones."""
+    from coordinator.store.registry import backbones
+
+    with _store(config, read_only=True) as (_, store), store.read() as session:
+        for fingerprint, row in backbones(session).items():
+            print(f"{fingerprint}  {_describe_backbone(row.manifest)}")
+
+
+# Tap plans.
+
+
+@plan_app.command("show")
+def plan_show(config: Config = None) -> None:
+    """Every device's newest tap plan; "fleet" is for those that have none of their own."""
+    from coordinator.planning import describe
+    from coordinator.store.registry import plans
+
+    with _store(config, read_only=True) as (_, store), store.read() as session:
+        newest = {row.device: row for row in sorted(plans(session), key=lambda row: row.version)}
+    if not newest:
+        print("no tap plan yet; register a backbone and start the gateway, or use `coordinator plan set`")
+    for row in newest.values():
+        print(f"{row.device or 'fleet'}: version {row.version}: {describe(row.plan)}")
+
+
+@plan_app.command("set")
+def plan_set(
+    config: Config = None,
+    device: Annotated[str | None, typer.Option(help="For this device alone.")] = None,
+    blocks: Annotated[int | None, typer.Option(min=1, max=64)] = None,
+    mode: Annotated[str | None, typer.Option(help="pooled or sequence.")] = None,
+    pooling: Annotated[str | None, typer.Option(help="mean, first or last.")] = None,
+    codec: Annotated[str | None, typer.Option(help="fp16, int8, int4 or int2.")] = None,
+    group: Annotated[int | None, typer.Option(min=0, max=128)] = None,
+    rank: Annotated[int | None, typer.Option(min=1, max=256)] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, max=8192)] = None,
+    frame_samples: Annotated[int | None, typer.Option(min=1, max=4096)] = None,
+    frame_bytes: Annotated[int | None, typer.Option(min=1024, max=16 * 1024 * 1024)] = None,
+    linger_seconds: Annotated[float | None, typer.Option(min=0, max=3600)] = None,
+) -> None:
+    """Give out a new version of the tap plan with these values changed."""
+    from coordinator.planning import change_plan, describe
+
+    given = {
+        "blocks": blocks,
+        "mode": mode,
+        "pooling": pooling,
+        "codec": codec,
+        "group": group,
+        "rank": rank,
+        "max_tokens": max_tokens,
+        "frame_samples": frame_samples,
+        "frame_bytes": frame_bytes,
+        "linger_seconds": linger_seconds,
+    }
+    with _store(config) as (settings, store):
+        plan = change_plan(settings, store, device, {name: value for name, value in given.items() if value is not None})
+    print(f"{device or 'fleet'}: version {plan.version}: {describe(plan)}")
+
+
+# The fleet.
+
+
+@app.command()
+def devices(config: Config = None, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+    """Every device: its state and since when, its rate, and whether its samples add up."""
+    from coordinator.device_table import device_lines, device_records
+
+    with _store(config, read_only=True) as (_, store):
+        print(json.dumps(device_records(store), indent=2) if as_json else "\n".join(device_lines(store)))
+
+
+@rejections_app.command("list")
+def rejections_list(
+    config: Config = None,
+    device: Annotated[str | None, typer.Option()] = None,
+    limit: Annotated[int, typer.Option(min=1)] = 50,
+) -> None:
+    """The newest rejected messages and their reasons."""
+    from coordinator.store.rejections import rejections
+
+    with _store(config, read_only=True) as (_, store), store.read() as session:
+        rows = rejections(session, device, limit)
+    for row in rows:
+        name = f"{row.spool}/{row.sequence}" if row.spool else "unnamed"
+        times = f" ({row.times} times)" if row.times > 1 else ""
+        print(f"{row.id}  {row.received_at:%Y-%m-%d %H:%M:%S}  {row.device}  {name}  {row.payload_bytes} bytes  {row.reason}{times}")
+    if not rows:
+        print("nothing was rejected")
+
+
+@rejections_app.command("retry")
+def rejections_retry(config: Config = None, device: Annotated[str | None, typer.Option()] = None) -> None:
+    """Check rejected frames again, for instance after registering their backbone, and store those that pass."""
+    from coordinator.retry import retry_rejections
+
+    with _store(config) as (settings, store):
+        result = retry_rejections(store, device, max_body_bytes=settings.gateway.max_body_bytes)
+    print(f"{result.stored} frames stored with {result.samples} samples, {result.still_rejected} are still rejected")
+    for reason, count in result.reasons.items():
+        print(f"  {count} x {reason}")
+
+
+# Checkpoints.
+
+
+@checkpoints_app.command("list")
+def checkpoints_list(config: Config = None) -> None:
+    """Checkpoints, newest first."""
+    from coordinator.store.training import checkpoints
+
+    with _store(config, read_only=True) as (_, store), store.read() as session:
+        rows = checkpoints(session)
+    for row in rows:
+        published = f"published {row.published_at:%Y-%m-%d %H:%M:%S}" if row.published_at else "not published"
+        print(f"{row.generation}  {row.created_at:%Y-%m-%d %H:%M:%S}  run {row.run} step {row.step}  {published}  {row.folder}")
+    if not rows:
+        print("no checkpoints yet")
+
+
+@checkpoints_app.command("republish")
+def checkpoints_republish(generation: int, config: Config = None) -> None:
+    """Offer an earlier checkpoint again, as a new generation: a roll-back."""
+    from coordinator.gateway import utc_now
+    from coordinator.store.training import republish_checkpoint
+
+    with _store(config) as (_, store), store.write() as session:
+        new = republish_checkpoint(session, generation, utc_now())
+    print(f"checkpoint {generation} goes out again as {new}")
+
+
+# Shared pieces.
+
+
+def _settings(config: Path | None, program: str) -> CoordinatorSettings:
+    from coordinator.settings import configure_logging, load_settings
+
+    settings = load_settings(config)
+    configure_logging(settings, program)
+    return settings
+
+
+@contextmanager
+def _store(config: Path | None, *, read_only: bool = False) -> Iterator[tuple[CoordinatorSettings, Store]]:
+    from coordinator.store.engine import open_store
+
+    settings = _settings(config, "coordinator")
+    store = open_store(settings.database_url, read_only=read_only)
+    try:
+        yield settings, store
+    finally:
+        store.close()
+
+
+def _stop_on_signals() -> threading.Event:
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
+
+
+def _describe_backbone(manifest: Any) -> str:
+    return f"{manifest.family}, {manifest.layers} of {manifest.layers_total} layers, width {manifest.width}, {manifest.weights}"
+
+
+def main() -> None:
+    """Run; what a person can put right is said in a line, with exit code 78 if it is the configuration."""
+    try:
+        app()
+    except Exception as error:
+        from pydantic import ValidationError
+
+        from coordinator.settings import ConfigError
+        from coordinator.store.errors import StoreError, StoreUnavailable
+
+        configuration = isinstance(error, ConfigError) or (isinstance(error, StoreError) and not isinstance(error, StoreUnavailable))
+        expected = configuration or isinstance(error, ValueError | StoreUnavailable | RuntimeError)
+        if not expected or isinstance(error, ValidationError):
+            logging.getLogger(__name__).exception("unexpected failure")
+        print(f"coordinator: {error}", file=sys.stderr)
+        sys.exit(EXIT_CONFIG if configuration else EXIT_CRASH)
+
+
+if __name__ == "__main__":
+    main()

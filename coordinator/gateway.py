@@ -1,0 +1,455 @@
+"""MAIN FLOW 1: broker -> decode -> batch -> COMMIT -> acknowledge + receipt.
+
+Three threads: the network thread only puts messages into a bounded queue; the writer stores them in batches; the main
+thread sends plans and checkpoints, applies retention and watches the other two. One that dies ends the program with
+its reason, and the supervisor starts it anew: whatever was not acknowledged comes again.
+
+Rules: a message is acknowledged in its order of arrival, after its batch is on disk, the bad ones too (they are kept
+with their reason). While the store cannot be written nothing is acknowledged and nothing is lost.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from datetime import datetime, timedelta, timezone
+from typing import TypeVar
+
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.orm import Session
+
+from coordinator.ingest import Registry, decode_payload, device_of, refusal, shorten
+from coordinator.intake import Arrived, Intake
+from coordinator.outbox import Outbox, ensure_signing_key
+from coordinator.planning import follow_settings
+from coordinator.receipts import ReceiptDesk
+from coordinator.settings import CoordinatorSettings
+from coordinator.store.engine import Store, open_store
+from coordinator.store.errors import StoreUnavailable
+from coordinator.store.health import record_health
+from coordinator.store.ingest import FrameOutcome, ReceivedFrame, insert_frames
+from coordinator.store.registry import backbones, plans
+from coordinator.store.rejections import insert_rejection
+from side_tuning.broker_connection import BrokerConnection, Connected, Message
+from side_tuning.wire import topics
+from side_tuning.wire.bounded import FrameError
+from side_tuning.wire.frame import Frame
+from side_tuning.wire.messages import Health
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# What passes by itself or with some disk space: the batch is kept and tried again.
+OUT_OF_REACH = (StoreUnavailable, OperationalError, InterfaceError, PoolTimeoutError)
+
+FRAMES = topics.all_devices_up("activations")
+HEALTH = topics.all_devices_up("health")
+
+IDLE_SECONDS = 0.25
+FIRST_RETRY_SECONDS = 0.2
+LONGEST_RETRY_SECONDS = 15.0
+HUNG_SECONDS = 90.0  # the network thread goes round twice a second
+
+
+class GatewayError(RuntimeError):
+    """The gateway cannot go on; the text says which part of it failed and why."""
+
+
+@dataclass
+class Counters:
+    """What came in since the gateway started."""
+
+    frames: int = 0
+    samples: int = 0
+    payload_bytes: int = 0
+    parts: int = 0
+    duplicates: int = 0
+    rejected: int = 0
+    health: int = 0
+    unattributable: int = 0  # on topics that are no device's; nothing can be kept of them
+
+    def since(self, earlier: Counters) -> Counters:
+        return Counters(*(getattr(self, item.name) - getattr(earlier, item.name) for item in fields(self)))
+
+    def copy(self) -> Counters:
+        return self.since(Counters())
+
+
+@dataclass(frozen=True)
+class _Report:
+    """A health message, read; `reason` says why it cannot be."""
+
+    device: str
+    topic: str
+    payload: bytes
+    received_at: datetime
+    retained: bool
+    health: Health | None
+    reason: str = ""
+
+
+def utc_now() -> datetime:
+    return datetime.now(timezone.utc)
+
+
+class Writer:
+    """Takes batches out of the queue, stores them, acknowledges them, sends receipts."""
+
+    def __init__(
+        self,
+        settings: CoordinatorSettings,
+        store: Store,
+        connection: BrokerConnection,
+        intake: Intake,
+        receipts: ReceiptDesk,
+        stop: threading.Event,
+    ) -> None:
+        self._settings = settings.gateway
+        self._store = store
+        self._connection = connection
+        self._intake = intake
+        self._receipts = receipts
+        self._stop = stop
+        self._registry = Registry()
+        self.counters = Counters()
+
+    def run(self) -> None:
+        """Until the queue is closed and empty."""
+        while True:
+            wait = min(IDLE_SECONDS, self._receipts.due_in())
+            batch = self._intake.take(self._settings.batch_frames, wait_seconds=wait, gather_seconds=self._settings.batch_seconds)
+            if batch and not self._store_batch(batch):
+                return  # stopped while the store was out of reach; nothing acknowledged, the broker sends it again
+            self._receipts.publish_due()
+            if not batch and self._intake.closed:
+                self._receipts.publish_due(now=True)
+                return
+
+    def _store_batch(self, batch: Sequence[Arrived]) -> bool:
+        """Decode, commit, acknowledge. False if the program is to end before the store could be written."""
+        work = self._until_stored(lambda: self._decode_batch(batch))
+        if work is None:
+            return False
+        outcomes = self._until_stored(lambda: self._commit(work))
+        if outcomes is None:
+            return False
+        for arrived in batch:
+            self._connection.acknowledge(arrived.message)
+        self._count(work, outcomes)
+        for item in work:
+            if isinstance(item, _Report):
+                if item.health is not None and item.health.spool is not None:
+                    self._receipts.mark(item.device, item.health.spool.spool)
+            elif (spool := item.frame.spool if item.frame is not None else item.spool) is not None:
+                self._receipts.mark(item.device, spool)
+        return True
+
+    # Decoding.
+
+    def _decode_batch(self, batch: Sequence[Arrived]) -> list[ReceivedFrame | _Report]:
+        decoded = [self._decode(arrived) for arrived in batch if not arrived.dropped]
+        work = [item for item in decoded if item is not None]
+        whole = [item.frame for item in work if isinstance(item, ReceivedFrame) and isinstance(item.frame, Frame)]
+        if any(not self._registry.knows(frame) for frame in whole):
+            self._registry = load_registry(self._store)  # a plan or backbone may be new
+        return [self._judge(item) if isinstance(item, ReceivedFrame) else item for item in work]
+
+    def _decode(self, arrived: Arrived) -> ReceivedFrame | _Report | None:
+        message = arrived.message
+        try:
+            if message.topic.endswith("/health"):
+                return self._decode_health(device_of(message.topic, "health"), arrived)
+            device = device_of(message.topic, "activations")
+        except FrameError as error:
+            self.counters.unattributable += 1
+            logger.warning("a message was thrown away (%d so far): %s", self.counters.unattributable, error)
+            return None
+        found = decode_payload(device, message.payload, message.properties, max_body_bytes=self._settings.max_body_bytes)
+        return ReceivedFrame(
+            device, message.topic, message.payload, arrived.received_at, found.frame, found.reason, found.spool, found.sequence
+        )
+
+    def _decode_health(self, device: str, arrived: Arrived) -> _Report | None:
+        message = arrived.message
+        if not message.payload:
+            return None  # somebody cleared the retained message
+        health, reason = None, ""
+        try:
+            health = Health.from_bytes(message.payload)
+        except FrameError as error:
+            reason = shorten(str(error))
+        return _Report(device, message.topic, message.payload, arrived.received_at, message.retain, health, reason)
+
+    def _judge(self, item: ReceivedFrame) -> ReceivedFrame:
+        if not isinstance(item.frame, Frame) or item.reason is not None:
+            return item
+        reason = refusal(item.frame, self._registry)
+        if reason is None:
+            return item
+        return ReceivedFrame(
+            item.device, item.topic, item.payload, item.received_at, item.frame, shorten(reason), item.spool, item.sequence
+        )
+
+    # Storing.
+
+    def _commit(self, work: Sequence[ReceivedFrame | _Report]) -> list[FrameOutcome]:
+        """One transaction for the batch; if one message makes it fail, each in a transaction of its own."""
+        if not work:
+            return []
+        try:
+            with self._store.write() as session:
+                return self._write(session, work)
+        except OUT_OF_REACH:
+            raise
+        except Exception:
+            if len(work) > 1:
+                logger.exception("a batch of %d could not be stored; storing its messages one by one", len(work))
+                return [outcome for item in work for outcome in self._commit([item])]
+            logger.exception("a message could not be stored; setting it aside")
+            return [self._set_aside(work[0])]
+
+    def _write(self, session: Session, work: Sequence[ReceivedFrame | _Report]) -> list[FrameOutcome]:
+        frames = [item for item in work if isinstance(item, ReceivedFrame)]
+        outcomes = insert_frames(session, frames, self._check_joined)
+        for item in work:
+            if not isinstance(item, _Report):
+                continue
+            if item.health is not None:
+                record_health(session, item.device, item.health, item.received_at, retained=item.retained)
+            else:
+                _reject(session, item, item.reason)
+        return outcomes
+
+    def _check_joined(self, frame: Frame) -> str | None:
+        if not self._registry.knows(frame):
+            self._registry = load_registry(self._store)
+        reason = refusal(frame, self._registry)
+        return None if reason is None else shorten(reason)
+
+    def _set_aside(self, item: ReceivedFrame | _Report) -> FrameOutcome:
+        with self._store.write() as session:
+            _reject(session, item, "the store could not take it; see the gateway's log")
+        return FrameOutcome("rejected")
+
+    def _until_stored(self, attempt: Callable[[], T]) -> T | None:
+        """`attempt` again and again while the store is out of reach; says so once. None when told to stop."""
+        pause, began = FIRST_RETRY_SECONDS, time.monotonic()
+        tries = 0
+        while True:
+            try:
+                result = attempt()
+            except OUT_OF_REACH as error:
+                tries += 1
+                if tries == 1:
+                    logger.error("nothing is stored or acknowledged for now, trying again: %s", error)
+                else:
+                    logger.debug("still not stored after %d tries: %s", tries, error)
+                if self._stop.wait(pause):
+                    return None
+                pause = min(pause * 2, LONGEST_RETRY_SECONDS)
+            else:
+                if tries:
+                    logger.info("the store works again after %.1f s and %d tries", time.monotonic() - began, tries)
+                return result
+
+    def _count(self, work: Sequence[ReceivedFrame | _Report], outcomes: Sequence[FrameOutcome]) -> None:
+        counters = self.counters
+        counters.health += sum(isinstance(item, _Report) for item in work)
+        counters.payload_bytes += sum(len(item.payload) for item in work if isinstance(item, ReceivedFrame))
+        for outcome in outcomes:
+            counters.samples += outcome.samples
+            counters.frames += outcome.outcome == "stored"
+            counters.parts += outcome.outcome == "part"
+            counters.duplicates += outcome.outcome == "duplicate"
+            counters.rejected += outcome.outcome == "rejected"
+
+
+def load_registry(store: Store) -> Registry:
+    with store.read() as session:
+        manifests = {fingerprint: row.manifest for fingerprint, row in backbones(session).items()}
+        return Registry(manifests, {row.version: row.plan for row in plans(session)})
+
+
+def _reject(session: Session, item: ReceivedFrame | _Report, reason: str) -> None:
+    named = isinstance(item, ReceivedFrame)
+    insert_rejection(
+        session,
+        device=item.device,
+        topic=item.topic,
+        payload=item.payload,
+        reason=reason,
+        received_at=item.received_at,
+        spool=item.spool if named else None,
+        sequence=item.sequence if named else None,
+    )
+
+
+class Gateway:
+    """Connects the parts, watches them, and ends them in order."""
+
+    def __init__(self, settings: CoordinatorSettings, store: Store, now: Callable[[], datetime] = utc_now) -> None:
+        self._settings = settings
+        self._store = store
+        self._now = now
+        self._stop = threading.Event()
+        self._intake = Intake(settings.gateway.queue_messages, settings.gateway.queue_bytes)
+        self.connection = BrokerConnection(
+            settings.broker,
+            settings.gateway.client_id,
+            subscriptions=[FRAMES, HEALTH],
+            on_message=self._received,
+            on_connected=self._connected,
+            manual_ack=True,
+            clean_start=False,
+            session_expiry_seconds=settings.gateway.session_expiry_seconds,
+            receive_maximum=settings.gateway.receive_maximum,
+        )
+        self._receipts = ReceiptDesk(store, self.connection, settings.gateway.receipt_seconds)
+        self.writer = Writer(settings, store, self.connection, self._intake, self._receipts, self._stop)
+        self._outbox = Outbox(settings, store, self.connection, ensure_signing_key(settings), now)
+        self._failure: BaseException | None = None
+        self._ended = threading.Event()
+
+    def run(self, stop: threading.Event) -> None:
+        """Serve until `stop`; then finish what has been received, commit, acknowledge, leave.
+
+        Raises:
+            GatewayError: a thread died or hangs.
+        """
+        thread = threading.Thread(target=self._run_writer, name="writer", daemon=True)
+        thread.start()
+        self.connection.start()
+        reports = _Reports(self._settings.gateway.report_seconds, self.writer.counters, self._intake)
+        chores = _Chores(self._settings, self._store, self._outbox, self._now)
+        try:
+            while not stop.wait(self._settings.publishing.poll_seconds):
+                self._check_parts()
+                chores.run_due()
+                reports.log_due()
+        finally:
+            self._stop.set()
+            self._intake.close()
+            thread.join(30)
+            self.connection.stop()
+        self._check_parts()
+        reports.log("in all", Counters(), time.monotonic() - reports.started_at)
+
+    def _received(self, message: Message) -> None:
+        self._intake.put(message, self._now())
+
+    def _connected(self, connected: Connected) -> None:
+        # The broker may have lost its retained messages; receipts are what lets devices forget frames.
+        self._receipts.mark_all()
+        logger.info(
+            "listening to %s and %s at %s (MQTT %s), storing in %r",
+            FRAMES,
+            HEALTH,
+            self.connection.address,
+            connected.protocol,
+            self._store.url,
+        )
+
+    def _run_writer(self) -> None:
+        try:
+            self.writer.run()
+        except BaseException as error:
+            self._failure = error
+            logger.exception("the writer died")
+
+    def _check_parts(self) -> None:
+        if self._failure is not None:
+            raise GatewayError(f"the writer died: {type(self._failure).__name__}: {self._failure}") from self._failure
+        if not self._stop.is_set():
+            if not self.connection.thread_alive:
+                raise GatewayError("the network thread died; its reason is in the log above")
+            if self.connection.tick_age_seconds > HUNG_SECONDS:
+                raise GatewayError(f"the network thread has not moved for {self.connection.tick_age_seconds:.0f} s")
+
+
+class _Chores:
+    """What the main thread does between looks at the others; a store that is out of reach is said once."""
+
+    def __init__(self, settings: CoordinatorSettings, store: Store, outbox: Outbox, now: Callable[[], datetime]) -> None:
+        self._settings = settings
+        self._store = store
+        self._outbox = outbox
+        self._now = now
+        self._retention_at = time.monotonic()
+        self._trouble = 0
+
+    def run_due(self) -> None:
+        try:
+            follow_settings(self._settings, self._store)
+            self._outbox.run_once()
+            if time.monotonic() >= self._retention_at:
+                self._retention_at = time.monotonic() + self._settings.retention.every_seconds
+                self._apply_retention()
+        except (*OUT_OF_REACH, OSError) as error:
+            self._trouble += 1
+            if self._trouble == 1:
+                logger.error("plans and checkpoints wait: %s", error)
+        else:
+            self._trouble = 0
+
+    def _apply_retention(self) -> None:
+        wanted = self._settings.retention
+        if wanted.max_age_days is not None or wanted.max_bytes is not None:
+            from coordinator.store.retention import apply_retention
+
+            age = None if wanted.max_age_days is None else timedelta(days=wanted.max_age_days)
+            with self._store.write() as session:
+                apply_retention(session, age, wanted.max_bytes)
+        self._store.checkpoint_log()
+
+
+class _Reports:
+    """One line of counters a minute, while anything happens."""
+
+    def __init__(self, every_seconds: float, counters: Counters, intake: Intake) -> None:
+        self._every_seconds = every_seconds
+        self._counters = counters
+        self._intake = intake
+        self._last = counters.copy()
+        self.started_at = self._last_at = time.monotonic()
+
+    def log_due(self) -> None:
+        seconds = time.monotonic() - self._last_at
+        if seconds >= self._every_seconds:
+            self.log(f"last {seconds:.0f} s", self._last, seconds)
+            self._last, self._last_at = self._counters.copy(), time.monotonic()
+
+    def log(self, when: str, since: Counters, seconds: float) -> None:
+        new = self._counters.since(since)
+        if new == Counters():
+            return
+        logger.info(
+            "%s: %d frames (%.1f/s), %d samples (%.1f/s), %d bytes (%.0f/s), %d duplicates, %d rejected, %d parts, %d reports, %d waiting, %d dropped for want of room",
+            when,
+            new.frames,
+            new.frames / max(seconds, 1e-9),
+            new.samples,
+            new.samples / max(seconds, 1e-9),
+            new.payload_bytes,
+            new.payload_bytes / max(seconds, 1e-9),
+            new.duplicates,
+            new.rejected,
+            new.parts,
+            new.health,
+            len(self._intake),
+            self._intake.dropped,
+        )
+
+
+def run(settings: CoordinatorSettings, stop: threading.Event) -> None:
+    """The `coordinator gateway` program, until `stop`."""
+    settings.data_directory.mkdir(parents=True, exist_ok=True)
+    store = open_store(settings.database_url)
+    try:
+        Gateway(settings, store).run(stop)
+    finally:
+        store.close()

@@ -1,0 +1,119 @@
+"""The fleet's tap plan: what the settings ask for becomes a new version whenever the settings change.
+
+A plan set by hand (`coordinator plan set`) stays until then: what the settings last asked for is remembered beside
+the database, and only a difference from that makes a new version.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from coordinator.files import write_atomically
+from coordinator.settings import ConfigError, CoordinatorSettings
+from coordinator.store.engine import Store
+from coordinator.store.registry import backbones, insert_plan, newest_plan, plans
+from side_tuning.wire.bounded import FrameError
+from side_tuning.wire.messages import TapPlan
+from side_tuning.wire.topics import check_device_name
+
+logger = logging.getLogger(__name__)
+
+_WISH_FILE = "tap-plan-of-settings"
+
+
+def plan_from_settings(settings: CoordinatorSettings, depths: Collection[int]) -> TapPlan | None:
+    """The plan that the settings ask for, as version 1; None while there is nothing to derive its blocks from.
+
+    Args:
+        settings: `task` and `plan`.
+        depths: layers of each registered backbone; the shallowest sets the number of blocks (METHOD: alignment).
+    """
+    wanted = settings.plan
+    if wanted.blocks is None and not depths:
+        return None
+    return TapPlan(
+        version=1,
+        labels=settings.task.labels,
+        blocks=wanted.blocks or min([wanted.max_blocks, *depths]),
+        mode=wanted.mode,
+        pooling=wanted.pooling,
+        codec=wanted.codec,
+        group=wanted.group,
+        rank=wanted.rank,
+        max_tokens=wanted.max_tokens,
+        frame_samples=wanted.frame_samples,
+        frame_bytes=wanted.frame_bytes,
+        linger_seconds=wanted.linger_seconds,
+    )
+
+
+def follow_settings(settings: CoordinatorSettings, store: Store) -> TapPlan | None:
+    """Insert a new fleet plan if the settings (or the shallowest backbone) changed; returns it if so."""
+    with store.read() as session:
+        wish = _wish(settings, session)
+        current = newest_plan(session)
+    path = settings.data_directory / _WISH_FILE
+    if wish is None or (current is not None and _read_wish(path) == wish):
+        return None
+    made = None
+    if current is None or replace(current, version=1) != wish:
+        with store.write() as session:
+            made = _insert_next(session, wish, None)
+        logger.info("tap plan %d: %s", made.version, describe(made))
+    write_atomically(path, wish.to_bytes())
+    return made
+
+
+def change_plan(settings: CoordinatorSettings, store: Store, device: str | None, changes: dict[str, Any]) -> TapPlan:
+    """Give out a new version with `changes`, by hand; it stays until the settings themselves change.
+
+    Raises:
+        ConfigError: nothing to change from, or values that no plan can have.
+    """
+    if device is not None:
+        check_device_name(device)
+    with store.write() as session:
+        wish = _wish(settings, session)
+        base = newest_plan(session, device) or wish
+        if base is None:
+            raise ConfigError("there is no tap plan to change yet; register a backbone first, or set plan.blocks in the settings")
+        try:
+            changed = replace(base, **changes)
+            TapPlan.from_bytes(changed.to_bytes())
+        except FrameError as error:
+            raise ConfigError(str(error)) from error
+        made = _insert_next(session, changed, device)
+    if wish is not None and device is None:
+        write_atomically(settings.data_directory / _WISH_FILE, wish.to_bytes())
+    return made
+
+
+def _wish(settings: CoordinatorSettings, session: Session) -> TapPlan | None:
+    return plan_from_settings(settings, [row.manifest.layers for row in backbones(session).values()])
+
+
+def _insert_next(session: Session, plan: TapPlan, device: str | None) -> TapPlan:
+    # One more than any plan ever given out, whoever's it was: a device takes none that is older than its own.
+    version = max((row.version for row in plans(session)), default=0) + 1
+    made = replace(plan, version=version)
+    insert_plan(session, made, device)
+    return made
+
+
+def describe(plan: TapPlan) -> str:
+    """The plan in a line, for people."""
+    shape = f"rank {plan.rank}, at most {plan.max_tokens} tokens" if plan.mode == "sequence" else plan.pooling
+    return f"{plan.blocks} blocks, {plan.mode} ({shape}), {plan.codec} in groups of {plan.group}, {len(plan.labels)} labels"
+
+
+def _read_wish(path: Path) -> TapPlan | None:
+    try:
+        return TapPlan.from_bytes(path.read_bytes())
+    except (FileNotFoundError, FrameError):
+        return None
