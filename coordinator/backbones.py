@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from coordinator.backbone_source import kind_of, quiet, read_config, read_model, read_tokenizer, source_name
 from side_tuning.backbone_manifest import (
     CONFIG,
     MANIFEST,
@@ -41,7 +42,6 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[str], None]
 
 MAP_RANK = 64
-SMALLEST_VOCABULARY = 32
 # Smaller tables (positions, token types) are not worth the error.
 QUANTIZED_TABLE_ROWS = 8192
 # Entries of a model's configuration that cannot change an activation; left out so they do not change the fingerprint.
@@ -49,6 +49,8 @@ IMMATERIAL = (
     "_name_or_path", "architectures", "dtype", "finetuning_task", "id2label", "label2id", "problem_type", "torch_dtype",
     "transformers_version", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "task_specific_params",
 )  # fmt: skip
+# Relative error that the order of additions explains.
+SAME = 1e-4
 PROBE = "The quick brown fox jumps over the lazy dog, twice."
 
 
@@ -85,24 +87,25 @@ def prepare(
         raise BackboneError(f"max_tokens {max_tokens} leaves no room for a text: use 2 or more, usually 128")
     _check_out(out)
     say(f"reading {model}")
-    _quiet()
-    config, total = _read_config(model, layers)
+    quiet()
+    config, total = read_config(model, layers)
     kept = config.num_hidden_layers
-    tokenizer = _read_tokenizer(model)
-    network = _read_model(model, config)
+    tokenizer = read_tokenizer(model)
+    network = read_model(model, config)
     vocabulary = network.get_input_embeddings().num_embeddings
     if tokenizer.get_vocab_size() > vocabulary:
         raise BackboneError(
             f"the tokenizer of {model} has {tokenizer.get_vocab_size()} tokens, the model only {vocabulary}: "
             "use the tokenizer that the model was trained with"
         )
-    probe = _probe_ids(tokenizer, max_tokens)
-    blocks_name, tail, expected = _probe(network, kept, probe, max_tokens)
+    probe = _probe(tokenizer, config, max_tokens)
+    blocks_name, tail, expected = _run_original(network, kept, probe)
 
     say(f"quantizing {kept} of {total} layers to {weights}" if weights != "float" else f"keeping {kept} of {total} layers")
     linears, outputs = _quantize(network, blocks_name, tail, weights)
     tensors, embeddings = _tensors(network, linears, tail, weights)
     layout = {
+        "runner": "transformers",
         "attention": config._attn_implementation,
         "embeddings": embeddings,
         "linears": linears,
@@ -116,11 +119,16 @@ def prepare(
         folder = Path(scratch) / "artifact"
         folder.mkdir()
         _write_files(folder, config=config, layout=layout, tensors=tensors, tokenizer=tokenizer, maps=maps)
+        found = _run_artifact(folder, kept, probe, "transformers")
+        error = _check_error(found, expected, weights)
+        if _plain_agrees(folder, config.model_type, kept, probe, found):
+            layout["runner"] = "plain"
+            _write_json(folder / QUANTIZATION, layout)
         manifest = BackboneManifest(
             fingerprint=fingerprint_of(folder),
-            source=_source(model),
+            source=source_name(model),
             family=config.model_type,
-            kind=_kind(config),
+            kind=kind_of(config),
             layers=kept,
             layers_total=total,
             width=config.hidden_size,
@@ -132,27 +140,11 @@ def prepare(
             created_with={name: version(name) for name in ("torch", "transformers", "optimum-quanto", "tokenizers")},
         )
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-        error = _check_loaded(folder, kept, probe, expected, weights)
         say(f"backbone {manifest.fingerprint}: layer {kept} differs from the original by {error:.2%} (relative L2)")
         if out.exists():
             shutil.rmtree(out)
         folder.rename(out)
     return manifest
-
-
-def _source(model: str | Path) -> str:
-    """A name for people: what the hub calls it, or else the folder's name."""
-    if not Path(model).is_dir():
-        return str(model)
-    named = json.loads((Path(model) / "config.json").read_text(encoding="utf-8")).get("_name_or_path")
-    return str(named) if named else Path(model).resolve().name
-
-
-def _quiet() -> None:
-    """No progress bars of transformers between our own lines."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
 
 
 def _check_out(out: Path) -> None:
@@ -165,142 +157,51 @@ def _check_out(out: Path) -> None:
             raise BackboneError(f"{out} holds something that is not a backbone: name a new or empty folder") from error
 
 
-def _read_config(model: str | Path, layers: int | None) -> tuple[Any, int]:
-    from transformers import AutoConfig
-
-    from side_tuning.backbone_model import keep_layers
-
-    if isinstance(model, Path) or str(model).startswith((".", "/", "~")):
-        if not Path(model).is_dir():
-            raise BackboneError(f"model folder {model} does not exist: give a folder with config.json, or a name on the hub")
-        if not (Path(model) / "config.json").is_file():
-            raise BackboneError(f"model folder {model} has no config.json: give the folder that a model was saved to")
-    try:
-        config = AutoConfig.from_pretrained(str(model), trust_remote_code=False)
-    except Exception as error:  # the hub and the parser raise many types
-        raise BackboneError(
-            f"model {str(model)!r} cannot be read: it is neither a folder with a known model nor a name that the hub "
-            f"gives ({str(error).splitlines()[0]:.200})"
-        ) from error
-    if getattr(config, "is_encoder_decoder", False):
-        raise BackboneError(
-            f"{model} is a {config.model_type} encoder-decoder: use an encoder (BERT, RoBERTa ...) or a decoder "
-            "(OPT, GPT-2, Llama, Qwen2 ...)"
-        )
-    total = getattr(config, "num_hidden_layers", None)
-    if not isinstance(total, int) or not isinstance(getattr(config, "hidden_size", None), int):
-        raise BackboneError(
-            f"{model} is of architecture {config.model_type!r}, which states no number of layers and no width: "
-            "use a text encoder (BERT, RoBERTa ...) or decoder (OPT, GPT-2, Llama, Qwen2 ...)"
-        )
-    if layers is not None and not 1 <= layers <= total:
-        raise BackboneError(f"layers {layers} is not possible: {model} has {total}; use 1 to {total}")
-    keep_layers(config, total if layers is None else layers)
-    config.use_cache = False
-    return config, total
-
-
-def _read_tokenizer(model: str | Path) -> Tokenizer:
-    from tokenizers import Tokenizer
-    from transformers import AutoTokenizer
-    from transformers.utils import cached_file
-
-    tokenizer: Tokenizer
-    try:
-        stored = cached_file(str(model), TOKENIZER, _raise_exceptions_for_missing_entries=False)
-        if stored is not None:
-            # The file as it is: AutoTokenizer rebuilds parts of it for some families (seen with Qwen2).
-            tokenizer = Tokenizer.from_file(stored)
-        else:  # vocabulary files only, as OPT
-            tokenizer = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False, use_fast=True).backend_tokenizer
-    except Exception as error:
-        raise BackboneError(
-            f"{model} has no tokenizer that can be stored as tokenizer.json ({str(error).splitlines()[0]:.200}): "
-            "save a fast tokenizer beside the model"
-        ) from error
-    if tokenizer.get_vocab_size() < SMALLEST_VOCABULARY:
-        # Without any tokenizer file, AutoTokenizer makes one that knows the special tokens only.
-        raise BackboneError(f"{model} has no tokenizer: save tokenizer.json beside the model")
-    # Length and padding are the agent's choice at run time, never the file's.
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
-
-
-def _read_model(model: str | Path, config: Any) -> Any:
-    import torch
-    from transformers import AutoModel
-
-    def read(attention: str) -> Any:
-        return AutoModel.from_pretrained(
-            str(model),
-            config=config,
-            dtype=torch.float32,
-            attn_implementation=attention,
-            use_safetensors=True,  # never unpickle
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-
-    try:
-        try:
-            network, loading = read("sdpa")
-        except ValueError:  # an architecture without it
-            network, loading = read("eager")
-    except Exception as error:
-        raise BackboneError(
-            f"the weights of {model} ({config.model_type}) cannot be read ({str(error).splitlines()[0]:.200}): "
-            "give a model with model.safetensors of a supported architecture"
-        ) from error
-    missing = sorted(name for name in loading["missing_keys"] if "pooler" not in name)
-    if missing:
-        raise BackboneError(f"the weights of {model} lack {', '.join(missing[:3])} ({len(missing)} in all): download it again")
-    return network.eval()
-
-
-def _kind(config: Any) -> Any:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    return "encoder" if masked else "decoder"
-
-
-def _probe_ids(tokenizer: Tokenizer, max_tokens: int) -> Tensor:
+def _probe(tokenizer: Tokenizer, config: Any, max_tokens: int) -> dict[str, Tensor]:
+    """A batch that shows what goes wrong: one text as long as allowed, one short and padded on the right."""
     import torch
 
-    ids = tokenizer.encode(PROBE).ids or [0]
-    return torch.tensor([ids[:max_tokens]])
+    ids = tokenizer.encode(PROBE).ids[: max_tokens - 1]
+    pad = config.pad_token_id if isinstance(config.pad_token_id, int) and config.pad_token_id >= 0 else 0
+    longest = (ids * max_tokens)[:max_tokens]
+    short = ids + [pad] * (max_tokens - len(ids))
+    mask = [[1] * max_tokens, [1] * len(ids) + [0] * (max_tokens - len(ids))]
+    return {"input_ids": torch.tensor([longest, short]), "attention_mask": torch.tensor(mask)}
 
 
-def _probe(network: Any, kept: int, ids: Tensor, max_tokens: int) -> tuple[str, list[str], Tensor]:
-    """Where the blocks are, what runs only after them, and the last block's output for `ids`."""
+def _output_of(block: Any, real: Tensor) -> list[Tensor]:
+    """A list that gets the block's output at the real tokens whenever the block runs."""
+    found: list[Tensor] = []
+    block.register_forward_hook(lambda _m, _i, out: found.append((out[0] if isinstance(out, tuple) else out)[real]))
+    return found
+
+
+def _run_original(network: Any, kept: int, probe: dict[str, Tensor]) -> tuple[str, list[str], Tensor]:
+    """Where the blocks are, what runs only after them, and the last block's output."""
     import torch
 
     from side_tuning.backbone_model import find_blocks
 
     blocks_name, blocks = find_blocks(network, kept)
     inside = {id(m) for m in blocks.modules()}
+    found = _output_of(blocks[-1], probe["attention_mask"].bool())
     ran_before: set[int] = set()
-    last: list[Tensor] = []
     hooks = [
-        module.register_forward_pre_hook(lambda m, _: None if last else ran_before.add(id(m)))
+        module.register_forward_pre_hook(lambda m, _: None if found else ran_before.add(id(m)))
         for module in network.modules()
         if id(module) not in inside
     ]
-    hooks.append(blocks[-1].register_forward_hook(lambda _m, _i, o: last.append(o if isinstance(o, torch.Tensor) else o[0])))
     try:
         with torch.inference_mode():
-            network(input_ids=ids, attention_mask=torch.ones_like(ids))
-            longest = ids.repeat(1, -(-max_tokens // ids.shape[1]))[:, :max_tokens]
-            network(input_ids=longest, attention_mask=torch.ones_like(longest))
+            network(**probe)
     except (IndexError, RuntimeError) as error:
         limit = getattr(network.config, "max_position_embeddings", "fewer")
         raise BackboneError(
-            f"{network.config.model_type} with {limit} positions cannot run {max_tokens} tokens: use a smaller max_tokens ({error})"
+            f"{network.config.model_type} with {limit} positions cannot run {probe['input_ids'].shape[1]} tokens: "
+            f"use a smaller max_tokens ({error})"
         ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for hook in hooks:
+        hook.remove()
     tail = [
         name
         for name, module in network.named_modules()
@@ -308,7 +209,7 @@ def _probe(network: Any, kept: int, ids: Tensor, max_tokens: int) -> tuple[str, 
     ]
     # Only the outermost: their parts go with them.
     tail = [name for name in tail if not any(name.startswith(f"{other}.") for other in tail)]
-    return blocks_name, tail, last[0]
+    return blocks_name, tail, found[0]
 
 
 def _quantize(network: nn.Module, blocks_name: str, tail: list[str], weights: Weights) -> tuple[dict[str, str], dict[str, int]]:
@@ -390,8 +291,8 @@ def _write_files(
 
     body = {name: value for name, value in config.to_dict().items() if name not in IMMATERIAL}
     body["model_type"] = config.model_type
-    (folder / CONFIG).write_text(json.dumps(body, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    (folder / QUANTIZATION).write_text(json.dumps(layout, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    _write_json(folder / CONFIG, body)
+    _write_json(folder / QUANTIZATION, layout)
     (folder / TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
     save_file(tensors, folder / WEIGHTS)
     save_arrays({f"layer.{layer}": m for layer, m in maps.items()}, folder / MAPS)
@@ -399,22 +300,47 @@ def _write_files(
         file.chmod(0o644)  # safetensors writes for the owner only; the agent runs as a user of its own
 
 
-def _check_loaded(folder: Path, kept: int, ids: Tensor, expected: Tensor, weights: Weights) -> float:
-    """Load the artifact as a device does; the relative error of the last layer against the original."""
+def _write_json(path: Path, body: dict[str, Any]) -> None:
+    path.write_text(json.dumps(body, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _run_artifact(folder: Path, kept: int, probe: dict[str, Tensor], runner: str) -> Tensor:
+    """The last block's output as a device gets it."""
     import torch
 
     from side_tuning.backbone_model import load_model
 
-    model, blocks_name = load_model(folder, kept)
-    found: list[Tensor] = []
-    last: Any = list(model.get_submodule(blocks_name).children())[-1]
-    last.register_forward_hook(lambda _m, _i, o: found.append(o if isinstance(o, torch.Tensor) else o[0]))
+    model, blocks_name = load_model(folder, kept, runner)
+    found = _output_of(list(model.get_submodule(blocks_name).children())[-1], probe["attention_mask"].bool())
     with torch.inference_mode():
-        model(input_ids=ids, attention_mask=torch.ones_like(ids))
-    error = float((found[0] - expected).norm() / expected.norm())
-    if not error < (1e-4 if weights == "float" else 1.0):
+        model(**probe)
+    return found[0]
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def _check_error(found: Tensor, expected: Tensor, weights: Weights) -> float:
+    error = _relative_error(found, expected)
+    if not error < (SAME if weights == "float" else 1.0):
         raise BackboneError(
             f"the prepared backbone gives other activations than the original (relative error {error:.3g}): "
             + ("this architecture is not supported" if weights == "float" else f"{weights} is too coarse for it, try int8 or float")
         )
     return error
+
+
+def _plain_agrees(folder: Path, family: str, kept: int, probe: dict[str, Tensor], expected: Tensor) -> bool:
+    """Whether a device can run this backbone without transformers."""
+    from side_tuning.plain_transformer import FAMILIES
+
+    if family not in FAMILIES:
+        return False
+    try:
+        error = _relative_error(_run_artifact(folder, kept, probe, "plain"), expected)
+    except (BackboneError, LookupError, RuntimeError, TypeError, ValueError) as reason:
+        logger.info("this %s needs transformers on the device: %s", family, reason)
+        return False
+    logger.info("the plain runner differs by %.2g from transformers for this %s", error, family)
+    return error < SAME

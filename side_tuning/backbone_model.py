@@ -1,34 +1,105 @@
-"""The architecture of a backbone: where its transformer blocks are, and how to build it from an artifact.
+"""Build the model of a backbone artifact from its files, without ever holding it in full precision.
 
-Knows no model family by name. A model qualifies when its base class holds its transformer blocks in one list as long
-as its configuration says. Used by the coordinator to prepare and by the device to load.
+The weights are mapped from the file, so only pages in use take memory. Two runners give the same activations: "plain"
+for the common families, "transformers" for any model whose base class holds its transformer blocks in one list as
+long as its configuration says. Used by the coordinator to prepare and check, and by the device to load.
 """
 
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-# A device has no business asking the hub anything; must be set before transformers is imported.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from side_tuning.backbone_manifest import CONFIG, QUANTIZATION, WEIGHTS, BackboneError
+from side_tuning.plain_transformer import PlainTransformer
 from side_tuning.quantized_layers import Int4Linear, Int8Embedding, Int8Linear
 
 
+def load_model(folder: Path, last_layer: int, runner: str | None = None) -> tuple[nn.Module, str]:
+    """Build the first `last_layer` blocks; returns the model and the name of its list of blocks.
+
+    Args:
+        folder: the artifact.
+        last_layer: later blocks are not built, their weights not read.
+        runner: "plain" or "transformers"; None takes what the artifact says.
+
+    """
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    layout = json.loads((folder / QUANTIZATION).read_text(encoding="utf-8"))
+    with _open(folder, layout) as stored:
+        if (runner or layout["runner"]) == "plain":
+            return PlainTransformer(stored, config, last_layer).eval(), "blocks"
+        return _load_with_transformers(stored, config, layout, last_layer)
+
+
+class StoredLayers:
+    """The layers of an artifact by name, each in the form it is stored in."""
+
+    def __init__(self, folder: Path, file: Any, layout: dict[str, Any]) -> None:
+        self.folder = folder
+        self._file = file
+        self._names = set(file.keys())
+        self._linears: dict[str, str] = layout["linears"]
+        self._outputs: dict[str, int] = layout["outputs"]
+        self._tables = set(layout["embeddings"])
+
+    def has(self, name: str) -> bool:
+        return name in self._names
+
+    def tensor(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise BackboneError(
+                f"{self.folder}: {name} is not among the stored weights; the backbone was prepared with other versions of "
+                "the libraries: prepare it again"
+            )
+        found: Tensor = self._file.get_tensor(name)
+        return found
+
+    def linear(self, name: str, transposed: bool = False) -> nn.Module:
+        """A linear layer; `transposed` says that a float weight is stored as (in, out)."""
+        bias = self.tensor(f"{name}.bias") if self.has(f"{name}.bias") else None
+        how = self._linears.get(name)
+        if how is None:
+            weight = self.tensor(f"{name}.weight")
+            return _linear(weight.t() if transposed else weight, bias)
+        data, scale = self.tensor(f"{name}.data"), self.tensor(f"{name}.scale")
+        if how == "int8":
+            return Int8Linear(data, scale, bias)
+        return Int4Linear(data, scale, self.tensor(f"{name}.shift"), bias, self._outputs[name])
+
+    def embedding(self, name: str) -> nn.Module:
+        if name in self._tables:
+            return Int8Embedding(self.tensor(f"{name}.data"), self.tensor(f"{name}.scale"))
+        weight = self.tensor(f"{name}.weight")
+        return nn.Embedding(weight.shape[0], weight.shape[1], _weight=weight, _freeze=True)
+
+
+@contextmanager
+def _open(folder: Path, layout: dict[str, Any]) -> Iterator[StoredLayers]:
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        yield StoredLayers(folder, file, layout)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
+    return layer
+
+
 def keep_layers(config: Any, layers: int) -> None:
-    """Make `config` describe the first `layers` blocks only."""
+    """Make a transformers configuration describe the first `layers` blocks only."""
     total = config.num_hidden_layers
-    for name, value in vars(config).items():
-        # Qwen2 and others state a kind of attention for every layer.
-        if isinstance(value, list) and name == "layer_types" and len(value) == total:
-            setattr(config, name, value[:layers])
+    kinds = getattr(config, "layer_types", None)  # Qwen2 and others state a kind of attention for every layer
+    if isinstance(kinds, list) and len(kinds) == total:
+        config.layer_types = kinds[:layers]
     config.num_hidden_layers = layers
 
 
@@ -43,84 +114,37 @@ def find_blocks(model: nn.Module, layers: int) -> tuple[str, nn.ModuleList]:
     )
 
 
-def build_empty(config: Any, attention: str) -> nn.Module:
-    """The model of `config` without memory for its weights (on the meta device)."""
-    from transformers import AutoModel
+def _load_with_transformers(
+    stored: StoredLayers, body: dict[str, Any], layout: dict[str, Any], last_layer: int
+) -> tuple[nn.Module, str]:
+    from transformers import AutoConfig, AutoModel
 
-    with torch.device("meta"):
-        model: nn.Module = AutoModel.from_config(config, attn_implementation=attention, dtype=torch.float32)
-    return model.eval()
-
-
-def read_config(folder: Path, last_layer: int) -> Any:
-    """The artifact's configuration, cut to `last_layer` blocks."""
-    from transformers import AutoConfig
-
-    body = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    body = dict(body)
     config = AutoConfig.for_model(body.pop("model_type"), **body)
     keep_layers(config, last_layer)
     config.use_cache = False
-    return config
-
-
-def load_model(folder: Path, last_layer: int) -> tuple[nn.Module, str]:
-    """Build the artifact's first `last_layer` blocks; returns the model and the name of its list of blocks.
-
-    The weights are mapped from the file, so only pages in use take memory, and no float copy of a quantized weight
-    ever exists as a whole.
-    """
-    layout = json.loads((folder / QUANTIZATION).read_text(encoding="utf-8"))
-    config = read_config(folder, last_layer)
-    model = build_empty(config, layout["attention"])
+    with torch.device("meta"):  # without memory for the weights
+        model: nn.Module = AutoModel.from_config(config, attn_implementation=layout["attention"], dtype=torch.float32)
+    model.eval()
     blocks_name, _ = find_blocks(model, last_layer)
     for name in layout["tail"]:  # what would run after the last block; no tap looks at it
         model.set_submodule(name, nn.Identity())
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        stored = set(file.keys())
-
-        def tensor(name: str) -> Tensor:
-            return file.get_tensor(name)
-
-        def optional(name: str) -> Tensor | None:
-            return tensor(name) if name in stored else None
-
-        for name, weights in layout["linears"].items():
-            if not _has(model, name):
-                continue  # a block past the last one wanted
-            data, scale, bias = tensor(f"{name}.data"), tensor(f"{name}.scale"), optional(f"{name}.bias")
-            if weights == "int8":
-                model.set_submodule(name, Int8Linear(data, scale, bias))
-            else:
-                shift = tensor(f"{name}.shift")
-                model.set_submodule(name, Int4Linear(data, scale, shift, bias, layout["outputs"][name]))
-        for name in layout["embeddings"]:
-            model.set_submodule(name, Int8Embedding(tensor(f"{name}.data"), tensor(f"{name}.scale")))
-        for name, value in [*model.named_parameters(), *model.named_buffers()]:
-            if not value.is_meta:
-                continue
-            if name not in stored:
-                raise BackboneError(
-                    f"{folder}: {name} is not among the stored weights; the backbone was prepared with another "
-                    "version of transformers: prepare it again"
-                )
-            owner, _, leaf = name.rpartition(".")
-            found = tensor(name)
-            if found.shape != value.shape:
-                raise BackboneError(f"{folder}: {name} has shape {tuple(found.shape)}, not {tuple(value.shape)}; prepare it again")
-            _assign(model.get_submodule(owner), leaf, found, isinstance(value, nn.Parameter))
+    modules = dict(model.named_modules())
+    for name in layout["linears"]:
+        if name in modules:  # else it is of a block past the last one wanted
+            model.set_submodule(name, stored.linear(name))
+    for name in layout["embeddings"]:
+        model.set_submodule(name, stored.embedding(name))
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if not value.is_meta:
+            continue
+        found = stored.tensor(name)
+        if found.shape != value.shape:
+            raise BackboneError(f"{stored.folder}: {name} has shape {tuple(found.shape)}, not {tuple(value.shape)}; prepare it again")
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if isinstance(value, nn.Parameter):
+            setattr(module, leaf, nn.Parameter(found, requires_grad=False))
+        else:
+            module._buffers[leaf] = found
     return model, blocks_name
-
-
-def _has(model: nn.Module, name: str) -> bool:
-    try:
-        model.get_submodule(name)
-    except AttributeError:
-        return False
-    return True
-
-
-def _assign(module: nn.Module, leaf: str, value: Tensor, parameter: bool) -> None:
-    if parameter:
-        setattr(module, leaf, nn.Parameter(value, requires_grad=False))
-    else:
-        module._buffers[leaf] = value

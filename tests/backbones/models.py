@@ -17,6 +17,8 @@ from tokenizers.trainers import WordPieceTrainer
 from transformers import (
     BertConfig,
     BertModel,
+    DistilBertConfig,
+    DistilBertModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -26,6 +28,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     RobertaConfig,
     RobertaForMaskedLM,
     T5Config,
@@ -102,7 +106,29 @@ ARCHITECTURES: dict[str, tuple[Any, Any, bool, bool]] = {
                     tie_word_embeddings=True),
         False, False,
     ),
+    # Families and settings that need transformers on the device.
+    "distilbert": (
+        DistilBertModel,
+        DistilBertConfig(dim=64, hidden_dim=160, n_heads=4, n_layers=LAYERS, vocab_size=VOCABULARY,
+                         max_position_embeddings=40, pad_token_id=0),
+        True, True,
+    ),
+    "qwen3": (
+        Qwen3ForCausalLM,
+        Qwen3Config(hidden_size=64, intermediate_size=160, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+                    num_hidden_layers=LAYERS, vocab_size=VOCABULARY, max_position_embeddings=40, bos_token_id=2, eos_token_id=2),
+        False, False,
+    ),
+    "llama-yarn": (
+        LlamaForCausalLM,
+        LlamaConfig(hidden_size=64, intermediate_size=160, num_attention_heads=4, num_hidden_layers=LAYERS,
+                    vocab_size=VOCABULARY, max_position_embeddings=80, bos_token_id=2, eos_token_id=2,
+                    rope_parameters={"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0,
+                                     "original_max_position_embeddings": 40}),
+        False, False,
+    ),
 }  # fmt: skip
+NEED_TRANSFORMERS = {"distilbert", "qwen3", "llama-yarn"}
 
 
 def save_random_model(name: str, folder: Path, *, seed: int = 0, **changes: Any) -> Path:

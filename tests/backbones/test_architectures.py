@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ from transformers import AutoModel
 
 from edge_agent.backbone import Backbone
 from tests.backbones.conftest import Prepared
-from tests.backbones.models import ARCHITECTURES, SENTENCES
+from tests.backbones.models import ARCHITECTURES, NEED_TRANSFORMERS, SENTENCES
 
 NAMES = [*ARCHITECTURES, "minilm", "stories"]
-ENCODERS = {"bert", "roberta", "minilm"}
+ENCODERS = {"bert", "roberta", "minilm", "distilbert"}
 PAIRS = [("play some music", "stop"), ("turn on the light in the kitchen", "what is the weather")]
 
 
@@ -56,6 +57,23 @@ def test_float_backbone_equals_the_original(name: str, source: Callable[[str], P
             real = found.states[n][row][found.mask[row]]
             assert real.shape == expected[n][row].shape
             assert relative_error(real, expected[n][row]) < 1e-5
+
+
+@pytest.mark.parametrize("name", sorted(ENCODERS))
+def test_pairs_equal_the_original(name: str, source: Callable[[str], Path], prepared: Prepared) -> None:
+    """Token types and the separator included."""
+    backbone = Backbone.load(prepared(name, "float"))
+    found = backbone.hidden_states(PAIRS, [2], 40)
+    expected = original_states(source(name), backbone, list(PAIRS), [2])[2]
+    for row in range(len(PAIRS)):
+        assert relative_error(found.states[2][row][found.mask[row]], expected[row]) < 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("weights", ["float", "int8", "int4"])
+def test_common_families_need_no_transformers_on_the_device(name: str, weights: str, prepared: Prepared) -> None:
+    layout = json.loads((prepared(name, weights) / "quantization.json").read_text())
+    assert layout["runner"] == ("transformers" if name in NEED_TRANSFORMERS else "plain")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,30 +20,30 @@ def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 start = time.monotonic()
 from edge_agent.backbone import Backbone
 import_seconds, loaded_early = time.monotonic() - start, "torch" in sys.modules
-import side_tuning.backbone_model, transformers.models.bert.modeling_bert
+import side_tuning.backbone_model
 before, start = peak(), time.monotonic()
 backbone = Backbone.load(sys.argv[1])
 backbone.hidden_states(["turn on the light"], [backbone.last_layer], 16)
 print(json.dumps({"import_seconds": import_seconds, "torch_at_import": loaded_early, "before_mb": before,
     "load_seconds": time.monotonic() - start, "growth_mb": peak() - before, "peak_mb": peak(),
-    "quanto": "optimum.quanto" in sys.modules}))
+    "extra": [m for m in ("optimum", "transformers", "scipy", "sympy") if m in sys.modules]}))
 """
 
 
-def measure(folder: Path) -> dict[str, float]:
+def measure(folder: Path) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(folder)], capture_output=True, text=True, check=True, timeout=120
     )
-    figures: dict[str, float] = json.loads(done.stdout)
-    print({name: round(value, 2) for name, value in figures.items()})
+    figures: dict[str, Any] = json.loads(done.stdout)
+    print(figures)
     return figures
 
 
-def test_importing_the_module_loads_no_torch_and_the_device_needs_no_quanto(prepared: Prepared) -> None:
+def test_importing_the_module_loads_no_torch_and_a_device_needs_no_transformers(prepared: Prepared) -> None:
     figures = measure(prepared("minilm", "int4"))
     assert not figures["torch_at_import"]
     assert figures["import_seconds"] < 1
-    assert not figures["quanto"]
+    assert figures["extra"] == []
 
 
 @pytest.mark.slow
