@@ -234,4 +234,4 @@ def _newest_accuracy(session: Session) -> dict[str, float]:
         .where(Evaluation.run_id == run, Evaluation.scope == "device")
         .order_by(Evaluation.id)
     )
-    return dict(rows.tuples().all())
+    return {name: accuracy for name, accuracy in rows}  # noqa: C416 - a Row is no pair to mypy

@@ -84,7 +84,7 @@ def training_samples_after(session: Session, sample_row_id: int, limit: int) -> 
     )
     return [
         StoredSample(row_id, frame_id, position, device, sample_id.hex(), label, split, tokens, backbone, plan_version)
-        for row_id, frame_id, position, device, sample_id, label, split, tokens, backbone, plan_version in rows.tuples()
+        for row_id, frame_id, position, device, sample_id, label, split, tokens, backbone, plan_version in rows
     ]
 
 
@@ -126,7 +126,7 @@ def evaluations(session: Session, run: str, scope: Scope = "fleet", limit: int =
         .limit(limit)
     )
     newest_first = [
-        StoredEvaluation(run, step, scope, name, accuracy, loss, samples, at) for step, name, accuracy, loss, samples, at in rows.tuples()
+        StoredEvaluation(run, step, scope, name, accuracy, loss, samples, at) for step, name, accuracy, loss, samples, at in rows
     ]
     return newest_first[::-1]
 
