@@ -25,6 +25,7 @@ from typing_extensions import Self
 
 from edge_agent.compact_set import CompactSet, digest_of, pack_digests
 from edge_agent.spool_file import (
+    Reserve,
     SpoolDamaged,
     SpoolError,
     SpoolFull,
@@ -49,6 +50,7 @@ T = TypeVar("T")
 
 MAX_REFUSAL_REASONS = 60  # the wire allows 64
 BUFFERED_REFUSALS = 64  # refused rows wait for each other: a file of a million bad rows must not cost a million fsyncs
+FORGET_FRAMES = 64  # per transaction: bounds the log, which must fit the reserve when the disk is full
 SHRINK_ABOVE_FREE_BYTES = 16 * 1024 * 1024
 
 
@@ -85,6 +87,7 @@ class Spool:
         self.id = str(database.execute("SELECT spool FROM counters").fetchone()[0])
         self.moved_aside = ""  # why the spool before this one was moved aside, when that happened at this start
         self._file_lock = lock
+        self._reserve = Reserve(path)
         self._database = database
         self._max_bytes = max_bytes
         self._policy = policy
@@ -180,7 +183,8 @@ class Spool:
                 if self._policy == "pause" or self._tally.spooled_frames == 0:
                     raise
                 # The disk filled up before the limit did: the policy applies to the room that there really is.
-                self._write(lambda tally: self._drop_bytes(tally, 2 * payload_bytes))
+                self._write(lambda tally: self._drop_bytes(tally, 2 * payload_bytes), makes_room=True)
+                self._reserve.restore()
                 self._write(insert)
             self._seen.add(digests)
             self._new_frames.set()
@@ -265,15 +269,18 @@ class Spool:
             ahead = [sequence for sequence in receipt.stored_ahead if sequence > receipt.stored_through]
             marks = ", ".join("?" * len(ahead))
             receipted = self._rows(f"sequence <= ? OR sequence IN ({marks})", (receipt.stored_through, *ahead))
-            if not receipted:
-                return 0
-
-            def forget(tally: _Tally) -> None:
-                tally.receipted += self._delete(tally, receipted)
-
-            self._write(forget)
-            self._shrink()
+            for start in range(0, len(receipted), FORGET_FRAMES):
+                self._forget(receipted[start : start + FORGET_FRAMES])
+            if receipted:
+                self._reserve.restore()
+                self._shrink()
             return len(receipted)
+
+    def _forget(self, rows: list[tuple[int, int, int]]) -> None:
+        def forget(tally: _Tally) -> None:
+            tally.receipted += self._delete(tally, rows)
+
+        self._write(forget, makes_room=True)
 
     def wait_for_new(self, timeout_seconds: float) -> bool:
         """Wait until a frame was appended since the last call that returned True; for one waiting thread."""
@@ -359,16 +366,25 @@ class Spool:
 
     # One transaction.
 
-    def _write(self, change: Callable[[_Tally], T]) -> T:
-        """Run `change` on a copy of the tally in a transaction; the copy counts once it is committed."""
+    def _write(self, change: Callable[[_Tally], T], *, makes_room: bool = False) -> T:
+        """Run `change` on a copy of the tally in a transaction; the copy counts once it is committed.
+
+        On a full disk it is tried again with the room that a checkpoint frees in the log, and a change that
+        `makes_room` may use up the reserve.
+        """
         try:
             return self._commit(change)
         except sqlite3.Error as error:
             if not is_full(error):
                 raise self._fail(error) from error
+        if makes_room:
+            self._reserve.release()
         try:
-            # The log may hold room that a checkpoint gives back; try once more with it.
+            # RESTART, not TRUNCATE: the log keeps its place on the disk, which somebody else might take.
             self._database.execute("PRAGMA wal_checkpoint(RESTART)")
+        except sqlite3.Error as error:
+            logger.debug("spool %s: no checkpoint on a full disk: %s", self.path, error)
+        try:
             return self._commit(change)
         except sqlite3.Error as error:
             raise self._fail(error) from error

@@ -11,7 +11,10 @@ from pathlib import Path
 
 SCHEMA_VERSION = 1
 KEPT_ASIDE = 3  # moved-aside files kept for inspection; older ones are deleted
-WAL_LIMIT_BYTES = 8 * 1024 * 1024
+# Checkpoints come often enough that the log stays far smaller than the reserve (below), which has to outlast one.
+WAL_PAGES = 256
+WAL_LIMIT_BYTES = 2 * 1024 * 1024
+RESERVE_BYTES = 2 * 1024 * 1024
 
 _TABLES = """
 CREATE TABLE counters (
@@ -69,6 +72,35 @@ class SpoolLock:
             self._descriptor = -1
 
 
+class Reserve:
+    """Disk space held back for deleting: on a disk that others filled up, even forgetting a frame needs room in the log.
+
+    Without it a full disk is for ever: no receipt can be applied, so no room is made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.with_name(path.name + ".reserve")
+        self.restore()
+
+    @property
+    def is_whole(self) -> bool:
+        return self._path.exists() and self._path.stat().st_size >= RESERVE_BYTES
+
+    def release(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+    def restore(self) -> None:
+        """Take the space back, or as much of it as there is."""
+        if self.is_whole:
+            return
+        size = RESERVE_BYTES
+        while size >= RESERVE_BYTES // 8:
+            with contextlib.suppress(OSError), self._path.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+                return
+            size //= 2
+
+
 def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
     """Open the file (made if absent, readable by its owner only) with the PRAGMAs that the spool's promises rest on."""
     if read_only:
@@ -83,6 +115,7 @@ def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
     try:
         database.execute("PRAGMA journal_mode = WAL")  # one fsync per commit, and the doctor may read meanwhile
         database.execute("PRAGMA synchronous = FULL")  # WAL with NORMAL loses the last commits on power loss
+        database.execute(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
         database.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT_BYTES}")
         database.execute("PRAGMA busy_timeout = 5000")  # the doctor's read may hold up a checkpoint
     except BaseException:
@@ -109,8 +142,9 @@ def verify(path: Path) -> str:
         SpoolError: made by a newer agent, or not readable.
 
     """
-    if not path.exists() or path.stat().st_size == 0:
-        return ""
+    size = path.stat().st_size if path.exists() else 0
+    if size < 512:  # the smallest page; SQLite takes such a file for an empty one
+        return f"the file is damaged (only {size} bytes are left)" if size else ""
     mark = _suspect_mark(path)
     why = mark.read_text(encoding="utf-8", errors="replace") if mark.exists() else ""
     if why == "rolled back":
