@@ -48,7 +48,7 @@ class RateEstimate:
         """Samples per second over each window; zeros until a second arrival."""
         if self.started_at is None:
             return (0.0, 0.0, 0.0)
-        past = max(now - self.started_at, 1.0)
+        past = max(max(now, self.updated_at) - self.started_at, 1.0)
         a, b, c = (
             total / (window * -math.expm1(-past / window))
             for total, window in zip(self._decayed(now), WINDOWS_SECONDS, strict=True)
