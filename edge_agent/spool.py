@@ -24,7 +24,9 @@ from typing import Literal, TypeVar
 from typing_extensions import Self
 
 from edge_agent.compact_set import CompactSet, digest_of, pack_digests
+from edge_agent.health import disk_free_bytes
 from edge_agent.spool_file import (
+    RESERVE_BYTES,
     Reserve,
     SpoolDamaged,
     SpoolError,
@@ -88,6 +90,7 @@ class Spool:
         self.moved_aside = ""  # why the spool before this one was moved aside, when that happened at this start
         self._file_lock = lock
         self._reserve = Reserve(path)
+        self._disk_room: int | None = None
         self._database = database
         self._max_bytes = max_bytes
         self._policy = policy
@@ -158,7 +161,8 @@ class Spool:
         """
         with self._lock:
             digests = [digest_of(sample_id) for sample_id in sample_ids]
-            if self._policy == "pause" and self._tally.spooled_bytes >= self._max_bytes:
+            room = self._room()
+            if self._policy == "pause" and self._tally.spooled_bytes >= room:
                 raise self._full()
             first = self._tally.next_sequence
             payloads = build(first, self._tally.produced + len(sample_ids))
@@ -169,23 +173,23 @@ class Spool:
                 raise SpoolError(
                     f"one frame of {payload_bytes} bytes is larger than the whole spool; raise spool.max_bytes ({self._max_bytes})",
                 )
-            if self._policy == "pause" and self._tally.spooled_bytes + payload_bytes > self._max_bytes:
+            if self._policy == "pause" and self._tally.spooled_bytes + payload_bytes > room:
                 raise self._full()
 
             def insert(tally: _Tally) -> None:
-                self._make_room(tally, payload_bytes)
+                if self._policy == "drop-oldest":
+                    self._drop_down_to(tally, room - payload_bytes)
                 self._insert(tally, payloads, len(sample_ids))
                 self._database.execute("INSERT INTO seen (digests) VALUES (?)", (pack_digests(digests),))
 
             try:
                 self._write(insert)
             except SpoolFull:
+                room = self._lower_room_to_the_disk()
                 if self._policy == "pause" or self._tally.spooled_frames == 0:
                     raise
-                # The disk filled up before the limit did: the policy applies to the room that there really is.
-                self._write(lambda tally: self._drop_bytes(tally, 2 * payload_bytes), makes_room=True)
-                self._reserve.restore()
-                self._write(insert)
+                self._write(insert, makes_room=True)
+                self._restore_reserve()
             self._seen.add(digests)
             self._new_frames.set()
             return list(range(first, first + len(payloads)))
@@ -272,7 +276,7 @@ class Spool:
             for start in range(0, len(receipted), FORGET_FRAMES):
                 self._forget(receipted[start : start + FORGET_FRAMES])
             if receipted:
-                self._reserve.restore()
+                self._restore_reserve()
                 self._shrink()
             return len(receipted)
 
@@ -422,6 +426,8 @@ class Spool:
     # Room.
 
     def _full(self) -> SpoolFull:
+        if self._disk_room is not None:
+            return SpoolFull(f"the disk of the spool {self.path} is full; free some space, it goes on by itself")
         return SpoolFull(
             f"the spool is full: {self._tally.spooled_bytes} of {self._max_bytes} bytes wait for the coordinator's receipt. "
             'Samples are taken again when it answers; raise spool.max_bytes or set spool.policy = "drop-oldest" if that is not wanted',
@@ -443,18 +449,39 @@ class Spool:
         tally.spooled_bytes -= sum(row[2] for row in rows)
         return samples
 
-    def _make_room(self, tally: _Tally, payload_bytes: int) -> None:
-        if self._policy == "drop-oldest":
-            self._drop_bytes(tally, tally.spooled_bytes + payload_bytes - self._max_bytes)
+    def _room(self) -> int:
+        """Bytes that the spool may hold: the setting, or less while the disk is fuller than that."""
+        if self._disk_room is not None and self._disk_has_room():
+            self._restore_reserve()
+            if self._reserve.is_whole and self._disk_has_room():
+                self._disk_room = None
+        return self._max_bytes if self._disk_room is None else min(self._max_bytes, self._disk_room)
 
-    def _drop_bytes(self, tally: _Tally, unwanted_bytes: int) -> None:
-        """Drop whole frames, the oldest first, until `unwanted_bytes` are gone.
+    def _disk_has_room(self) -> bool:
+        return (disk_free_bytes(self.path.parent) or 0) > RESERVE_BYTES
+
+    def _lower_room_to_the_disk(self) -> int:
+        """After "disk full": stay somewhat below what was held then, so that the file lives in its own freed pages."""
+        held = self._tally.spooled_bytes
+        self._disk_room = held - min(held // 4, RESERVE_BYTES // 2)
+        return self._disk_room
+
+    def _restore_reserve(self) -> None:
+        if self._reserve.is_whole:
+            return
+        try:
+            self._database.execute("PRAGMA wal_checkpoint(RESTART)")  # first: it may need the room itself
+        except sqlite3.Error as error:
+            logger.debug("spool %s: no checkpoint on a full disk: %s", self.path, error)
+        self._reserve.restore()
+
+    def _drop_down_to(self, tally: _Tally, wanted_bytes: int) -> None:
+        """Drop whole frames, the oldest first, until at most `wanted_bytes` are held.
 
         Frames that may be on their way to the coordinator go last: one that is dropped here and stored there would be
         counted twice in the ledger. A frame whose first part is receipted stays: its samples count as receipted.
         """
-        goal = tally.spooled_bytes - unwanted_bytes
-        while tally.spooled_bytes > goal:
+        while tally.spooled_bytes > wanted_bytes:
             oldest = self._database.execute(
                 "SELECT first FROM frames WHERE sequence = first ORDER BY sequence <= ?, sequence LIMIT 1", (tally.handed_out,),
             ).fetchone()
