@@ -135,7 +135,7 @@ def database_check(config: Config = None) -> None:
 
 
 @backbone_app.command("prepare")
-def backbone_prepare(
+def backbone_prepare(  # noqa: PLR0917 - one per option
     model: Annotated[str, typer.Option(help="Folder or Hugging Face name of a model.")],
     out: Annotated[Path, typer.Option(help="Folder to make.")],
     layers: Annotated[int | None, typer.Option(min=1, help="Layers to keep; all by default.")] = None,
@@ -195,7 +195,7 @@ def plan_show(config: Config = None) -> None:
 
 
 @plan_app.command("set")
-def plan_set(
+def plan_set(  # noqa: PLR0917 - one per option
     config: Config = None,
     device: Annotated[str | None, typer.Option(help="For this device alone.")] = None,
     blocks: Annotated[int | None, typer.Option(min=1, max=64)] = None,

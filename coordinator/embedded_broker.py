@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import ItemsView, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from amqtt.adapters import ReaderAdapter, StreamReaderAdapter, StreamWriterAdapter
@@ -44,11 +44,11 @@ class _Subscriptions(dict[str, list[tuple[Session, int]]]):
     def __iter__(self) -> Iterator[str]:
         return iter(list(super().keys()))
 
-    def items(self) -> ItemsView[str, list[tuple[Session, int]]]:
-        return dict(super().items()).items()
+    def items(self) -> Any:
+        return list(super().items())
 
 
-class _ReplayedReader(ReaderAdapter):  # type: ignore[misc]
+class _ReplayedReader(ReaderAdapter):
     """A stream of which the first bytes were already looked at."""
 
     def __init__(self, head: bytes, reader: asyncio.StreamReader) -> None:
@@ -67,7 +67,7 @@ class _ReplayedReader(ReaderAdapter):  # type: ignore[misc]
         self._rest.feed_eof()
 
 
-class EmbeddedBroker(Broker):  # type: ignore[misc]
+class EmbeddedBroker(Broker):
     """amqtt's broker with the cures for four of its faults."""
 
     def __init__(self, config: BrokerConfig) -> None:

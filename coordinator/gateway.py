@@ -27,13 +27,14 @@ from coordinator.intake import Arrived, Intake
 from coordinator.outbox import Outbox, ensure_signing_key
 from coordinator.planning import follow_settings
 from coordinator.receipts import ReceiptDesk
-from coordinator.settings import CoordinatorSettings
+from coordinator.settings import CoordinatorSettings, GatewaySettings
 from coordinator.store.engine import Store, open_store
 from coordinator.store.errors import StoreUnavailable
 from coordinator.store.health import record_health
 from coordinator.store.ingest import FrameOutcome, ReceivedFrame, insert_frames
 from coordinator.store.registry import backbones, plans
 from coordinator.store.rejections import insert_rejection
+from coordinator.store.retention import apply_retention
 from side_tuning.broker_connection import BrokerConnection, Connected, Message
 from side_tuning.wire import topics
 from side_tuning.wire.bounded import FrameError
@@ -53,6 +54,7 @@ HEALTH = topics.all_devices_up("health")
 IDLE_SECONDS = 0.25
 FIRST_RETRY_SECONDS = 0.2
 LONGEST_RETRY_SECONDS = 15.0
+RETENTION_STEPS = 100
 HUNG_SECONDS = 90.0  # the network thread goes round twice a second
 
 
@@ -102,14 +104,15 @@ class Writer:
 
     def __init__(
         self,
-        settings: CoordinatorSettings,
+        settings: GatewaySettings,
         store: Store,
+        *,
         connection: BrokerConnection,
         intake: Intake,
         receipts: ReceiptDesk,
         stop: threading.Event,
     ) -> None:
-        self._settings = settings.gateway
+        self._settings = settings
         self._store = store
         self._connection = connection
         self._intake = intake
@@ -276,7 +279,7 @@ def load_registry(store: Store) -> Registry:
 
 
 def _reject(session: Session, item: ReceivedFrame | _Report, reason: str) -> None:
-    named = isinstance(item, ReceivedFrame)
+    spool, sequence = (item.spool, item.sequence) if isinstance(item, ReceivedFrame) else (None, None)
     insert_rejection(
         session,
         device=item.device,
@@ -284,8 +287,8 @@ def _reject(session: Session, item: ReceivedFrame | _Report, reason: str) -> Non
         payload=item.payload,
         reason=reason,
         received_at=item.received_at,
-        spool=item.spool if named else None,
-        sequence=item.sequence if named else None,
+        spool=spool,
+        sequence=sequence,
     )
 
 
@@ -310,7 +313,9 @@ class Gateway:
             receive_maximum=settings.gateway.receive_maximum,
         )
         self._receipts = ReceiptDesk(store, self.connection, settings.gateway.receipt_seconds)
-        self.writer = Writer(settings, store, self.connection, self._intake, self._receipts, self._stop)
+        self.writer = Writer(
+            settings.gateway, store, connection=self.connection, intake=self._intake, receipts=self._receipts, stop=self._stop
+        )
         self._outbox = Outbox(settings, store, self.connection, ensure_signing_key(settings), now)
         self._failure: BaseException | None = None
         self._ended = threading.Event()
@@ -398,12 +403,14 @@ class _Chores:
 
     def _apply_retention(self) -> None:
         wanted = self._settings.retention
-        if wanted.max_age_days is not None or wanted.max_bytes is not None:
-            from coordinator.store.retention import apply_retention
-
-            age = None if wanted.max_age_days is None else timedelta(days=wanted.max_age_days)
+        age = None if wanted.max_age_days is None else timedelta(days=wanted.max_age_days)
+        for _ in range(RETENTION_STEPS):  # what is left waits for the next time; the writer gets its turn in between
             with self._store.write() as session:
-                apply_retention(session, age, wanted.max_bytes)
+                step = apply_retention(session, age, wanted.max_bytes, self._now())
+            if step.frames or step.rejections:
+                logger.info("retention dropped the payloads of %d frames and %d rejected messages", step.frames, step.rejections)
+            if not step.more:
+                break
         self._store.checkpoint_log()
 
 

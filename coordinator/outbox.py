@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -230,7 +231,7 @@ class Outbox:
         return complete
 
 
-def _read_description(folder: Path) -> dict[str, object]:
+def _read_description(folder: Path) -> dict[str, Any]:
     path = folder / "checkpoint.json"
     try:
         description = json.loads(path.read_bytes())

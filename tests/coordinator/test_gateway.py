@@ -134,7 +134,7 @@ def test_poison_does_not_stall_good_frames(start, device, sender, poison_count):
 
 
 def test_a_damaged_frame_is_receipted_with_its_reason(start, device):
-    _, store = start()
+    _, _store = start()
     payloads = {s: make_payload("d", s) for s in (1, 2, 3)}
     payloads[2] = payloads[2][:-1] + bytes([payloads[2][-1] ^ 0xFF])
     one = device("d", payloads)

@@ -1,0 +1,52 @@
+"""`coordinator devices`: the fleet as lines for people, or as records for programs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from datetime import datetime, timezone
+from typing import Any
+
+from coordinator.store.engine import Store
+from coordinator.store.fleet import DeviceOverview, device_overview
+
+
+def device_lines(store: Store) -> list[str]:
+    """A line per device: state and since when, backbone, rate, what is stored, and whether its samples add up."""
+    now = datetime.now(timezone.utc)
+    with store.read() as session:
+        devices = device_overview(session, now)
+    if not devices:
+        return ["no device has been heard of yet"]
+    width = max(len(one.device) for one in devices)
+    return [_line(one, width) for one in devices]
+
+
+def device_records(store: Store) -> list[dict[str, Any]]:
+    """The same, complete, as plain values."""
+    with store.read() as session:
+        devices = device_overview(session, datetime.now(timezone.utc))
+    return [_plain(asdict(one)) for one in devices]
+
+
+def _line(one: DeviceOverview, width: int) -> str:
+    ledger = one.ledger
+    if ledger.settled:
+        books = "all accounted for"
+    elif ledger.balanced:
+        books = f"{ledger.missing} on their way"
+    else:
+        books = f"LEDGER DOES NOT BALANCE: {ledger.missing} of {ledger.produced} missing"
+    accuracy = "" if one.accuracy is None else f", accuracy {one.accuracy:.1%}"
+    return (
+        f"{one.device:<{width}}  {one.state} since {one.since:%Y-%m-%d %H:%M:%S} ({one.reason}); "
+        f"backbone {(one.backbone or 'unknown')[:8]}, {one.rate_5m:.2f} samples/s, {one.stored_samples} samples in "
+        f"{one.stored_frames} frames, {one.rejected_frames} rejected, {one.duplicate_frames} duplicates; {books}{accuracy}"
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.isoformat() if isinstance(value, datetime) else value
