@@ -18,10 +18,11 @@ SMALLEST_VOCABULARY = 32
 
 
 def quiet() -> None:
-    """No progress bars of transformers between our own lines."""
+    """No progress bars and load reports of transformers between our own lines; what matters is checked here."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
 
 
 def source_name(model: str | Path) -> str:
@@ -47,7 +48,7 @@ def read_config(model: str | Path, layers: int | None) -> tuple[Any, int]:
     except Exception as error:  # the hub and the parser raise many types
         raise BackboneError(
             f"model {str(model)!r} cannot be read: it is neither a folder with a known model nor a name that the hub "
-            f"gives ({str(error).splitlines()[0]:.200})"
+            f"gives ({_first_line(error)})"
         ) from error
     if getattr(config, "is_encoder_decoder", False):
         raise BackboneError(
@@ -82,7 +83,7 @@ def read_tokenizer(model: str | Path) -> Tokenizer:
             tokenizer = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False, use_fast=True).backend_tokenizer
     except Exception as error:
         raise BackboneError(
-            f"{model} has no tokenizer that can be stored as tokenizer.json ({str(error).splitlines()[0]:.200}): "
+            f"{model} has no tokenizer that can be stored as tokenizer.json ({_first_line(error)}): "
             "save a fast tokenizer beside the model"
         ) from error
     if tokenizer.get_vocab_size() < SMALLEST_VOCABULARY:
@@ -116,7 +117,7 @@ def read_model(model: str | Path, config: Any) -> Any:
             network, loading = read("eager")
     except Exception as error:
         raise BackboneError(
-            f"the weights of {model} ({config.model_type}) cannot be read ({str(error).splitlines()[0]:.200}): "
+            f"the weights of {model} ({config.model_type}) cannot be read ({_first_line(error)}): "
             "give a model with model.safetensors of a supported architecture"
         ) from error
     missing = sorted(name for name in loading["missing_keys"] if "pooler" not in name)
@@ -130,3 +131,7 @@ def kind_of(config: Any) -> Any:
 
     masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
     return "encoder" if masked else "decoder"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

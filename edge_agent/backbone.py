@@ -58,6 +58,7 @@ class Backbone:
         self._pad = config.pad_token_id if isinstance(config.pad_token_id, int) and config.pad_token_id >= 0 else 0
         self._type_ids = getattr(config, "type_vocab_size", 0) > 1
         self._tap: dict[int, Tensor] = {}
+        self._maps: dict[int, np.ndarray[Any, Any]] = {}
         for number, block in enumerate(self._blocks, 1):
             block.register_forward_hook(self._keeper(number))
         self._wanted: frozenset[int] = frozenset()
@@ -139,11 +140,12 @@ class Backbone:
 
     def map_matrix(self, layer: int, rank: int) -> np.ndarray[Any, Any]:
         """The first `rank` columns of the layer's fixed map, (width, rank)."""
-        from safetensors import safe_open
+        if layer not in self._maps:
+            from safetensors import safe_open
 
-        with safe_open(self._folder / MAPS, framework="numpy") as file:
-            columns: np.ndarray[Any, Any] = file.get_tensor(f"layer.{layer}")[:, :rank]
-        return columns
+            with safe_open(self._folder / MAPS, framework="numpy") as file:
+                self._maps[layer] = file.get_tensor(f"layer.{layer}")
+        return self._maps[layer][:, :rank]
 
     def _encode(self, texts: Texts, max_tokens: int) -> list[Encoding]:
         pairs: list[str | tuple[str, str]] = []
