@@ -1,0 +1,55 @@
+"""A batch through the backbone: what cannot be used is refused by itself and holds nobody up."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from edge_agent.backbone import Backbone
+from edge_agent.forward import tap_samples
+from edge_agent.samples import Sample
+from edge_agent.taps import compute_taps
+from tests.edge_agent.artifacts import plan
+
+
+@pytest.fixture(scope="module")
+def backbone(minilm):
+    return Backbone.load(minilm)
+
+
+def sample(number, text="turn the lamp on", label="light"):
+    return Sample(f"{number:08x}", text, label, "train")
+
+
+@pytest.mark.parametrize("mode", ["pooled", "sequence"])
+def test_each_sample_gets_its_own_rows(backbone, mode):
+    texts = ["lights", "play some jazz in the kitchen please", "will it rain tomorrow"]
+    used = plan(mode=mode)
+    tapped = tap_samples(backbone, [sample(n, text) for n, text in enumerate(texts)], used, print)
+    assert [t.info.id for t in tapped] == ["00000000", "00000001", "00000002"]
+    for text, found in zip(texts, tapped, strict=True):
+        alone = compute_taps(backbone, [text], used)
+        assert found.info.tokens == alone.tokens[0]
+        for layer, rows in found.rows.items():
+            assert rows.shape == alone.values[layer].shape
+            assert np.linalg.norm(rows - alone.values[layer]) < 0.05 * np.linalg.norm(rows)
+
+
+def test_unknown_labels_and_empty_texts_are_refused_one_by_one(backbone):
+    refused = {}
+    batch = [
+        sample(1),
+        sample(2, label="elephant"),
+        sample(3, text="   "),
+        sample(4, label=None),
+        sample(5, label=2),
+        sample(6, label=3),
+        sample(7, text=("a", "")),
+    ]
+    tapped = tap_samples(backbone, batch, plan(), lambda name, reason, _: refused.update({name: reason}))
+    assert [(t.info.id, t.info.label) for t in tapped] == [("00000001", 0), ("00000004", None), ("00000005", 2)]
+    assert refused == {"00000002": "unknown label", "00000003": "no text", "00000006": "unknown label", "00000007": "no text"}
+
+
+def test_a_batch_without_a_usable_sample_gives_nothing(backbone):
+    assert tap_samples(backbone, [sample(1, text=" ")], plan(), lambda *_: None) == []
