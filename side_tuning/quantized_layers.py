@@ -1,7 +1,7 @@
 """Layers that compute with quantized weights as optimum-quanto stores them, in plain torch operations.
 
-They give bit for bit what quanto's own layers give. Quanto itself stays off the device: it is slow to import, and its
-int4 layers fail under `inference_mode` on torch 2.13 ("Cannot set version_counter for inference tensor").
+They give what quanto's own layers give: int8 bit for bit, int4 up to float noise. Quanto itself stays off the device: it
+is slow to import, and its int4 layers fail under `inference_mode` on torch 2.13 ("Cannot set version_counter for inference tensor").
 Nothing here needs a compiler.
 """
 
