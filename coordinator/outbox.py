@@ -36,6 +36,7 @@ from side_tuning.wire.messages import Blob, CheckpointManifest, Fields, TapPlan
 logger = logging.getLogger(__name__)
 
 ACK_SECONDS = 30.0
+PARTS_UNDER_WAY = 8  # 1 MiB at a time: small in memory here, and receipts still get through in between
 LADDER = "ladder.safetensors"
 _PARTS_FILE = "published-parts.json"
 
@@ -132,6 +133,7 @@ class Outbox:
         self._epoch = 0
         self._published: dict[str, bytes] = {}  # topic -> digest, on this connection
         self._offer: Offer | None = None
+        self._complete = 0  # the generation that is all out on this connection
         self._previous_parts: set[str] = set()
         self._parts_path = settings.data_directory / _PARTS_FILE
         self._believed_parts = _read_parts(self._parts_path)  # part topics that the broker may still hold
@@ -144,6 +146,7 @@ class Outbox:
         if self._connection.epoch != self._epoch:
             self._epoch = self._connection.epoch
             self._published.clear()
+            self._complete = 0
         self._publish_plans()
         offer = self._current_offer()
         if offer is not None:
@@ -179,16 +182,16 @@ class Outbox:
         return wanted if limit is None else max(1024, min(wanted, limit - 1024))
 
     def _publish_offer(self, offer: Offer) -> None:
+        if self._complete == offer.generation:
+            return
         missing = [topic for topic in offer.parts if topic not in self._published]
         if missing:
             self._remember_parts(self._believed_parts | set(offer.parts))
-            for topic in missing:
-                # A few at a time: the broker's receive window, and the memory here, stay small.
-                if not self._send([(topic, _read_part(*offer.parts[topic]))]):
+            for start in range(0, len(missing), PARTS_UNDER_WAY):
+                if not self._send((topic, _read_part(*offer.parts[topic])) for topic in missing[start : start + PARTS_UNDER_WAY]):
                     return
-        fresh = any(topics.checkpoint(name) not in self._published for name in offer.manifests)
         manifests = [(topics.checkpoint(name), sign_manifest(manifest, self._key).to_bytes()) for name, manifest in offer.manifests.items()]
-        if not self._send(manifests) or not fresh:
+        if not self._send(manifests):
             return
         with self._store.read() as session:
             waiting = [checkpoint.generation for checkpoint in checkpoints_to_publish(session)]
@@ -197,13 +200,18 @@ class Outbox:
                 if generation <= offer.generation:
                     mark_published(session, generation, self._now())
         logger.info("published checkpoint %d for %d backbones in %d parts", offer.generation, len(manifests), len(offer.parts))
-        self._clear_old_parts(offer)
+        if self._clear_old_parts(offer):
+            self._complete = offer.generation
 
-    def _clear_old_parts(self, offer: Offer) -> None:
+    def _clear_old_parts(self, offer: Offer) -> bool:
         """Forget parts of generations before the previous one, which a slow device may still be fetching."""
         obsolete = self._believed_parts - set(offer.parts) - self._previous_parts
-        if obsolete and self._send((topic, b"") for topic in sorted(obsolete)):
-            self._remember_parts(self._believed_parts - obsolete)
+        if not self._send((topic, b"") for topic in sorted(obsolete)):
+            return False
+        for topic in obsolete:
+            self._published.pop(topic, None)
+        self._remember_parts(self._believed_parts - obsolete)
+        return True
 
     def _remember_parts(self, parts: set[str]) -> None:
         if parts != self._believed_parts:

@@ -1,0 +1,225 @@
+"""Plans and checkpoints reach the broker as retained messages, also one that forgot everything."""
+
+import hashlib
+import json
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
+
+import pytest
+
+from coordinator.outbox import Outbox, ensure_signing_key
+from coordinator.planning import change_plan, follow_settings
+from coordinator.settings import PlanSettings, TaskSettings
+from coordinator.store.registry import newest_plan, plans, register_backbone
+from coordinator.store.training import (
+    checkpoints_to_publish,
+    insert_checkpoint,
+    insert_run,
+    republish_checkpoint,
+)
+from side_tuning.broker_connection import BrokerConnection
+from side_tuning.signatures import load_public_key, verify_manifest
+from side_tuning.wire import topics
+from side_tuning.wire.messages import SignedManifest, TapPlan
+from tests.brokers import mosquitto, needs_mosquitto
+from tests.coordinator.fleet import LABELS, MANIFEST, PLAN, make_store, now, settings_for
+from tests.waiting import wait_until
+
+OTHER = "cd" * 16
+PART = 4096
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return settings_for(tmp_path)
+
+
+@pytest.fixture
+def store(settings):
+    opened = make_store(settings)
+    yield opened
+    opened.close()
+
+
+def write_checkpoint(settings, store, step, *, ladder_bytes=10_000):
+    """A folder as the trainer leaves it (contents do not matter to the outbox), offered in the store."""
+    folder = settings.checkpoints_directory / "run-1" / f"{step:08d}"
+    folder.mkdir(parents=True)
+    files = {
+        "ladder.safetensors": bytes([step]) * ladder_bytes,
+        f"alignment-{MANIFEST.fingerprint}.safetensors": b"a" * 5000 + bytes([step]),
+        f"alignment-{OTHER}.safetensors": b"b" * 5000 + bytes([step]),
+        "trainer.safetensors": b"not for devices",
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    description = {
+        "plan": asdict(PLAN),
+        "side_width": 16,
+        "metrics": {"accuracy": 0.5},
+        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+    }
+    (folder / "checkpoint.json").write_text(json.dumps(description))
+    with store.write() as session:
+        insert_run(session, "run-1", {}, now())
+        return insert_checkpoint(session, "run-1", step, str(folder), {"accuracy": 0.5}, now()), files
+
+
+class Watcher:
+    """Holds what the broker would give a device that subscribes: retained messages by topic."""
+
+    def __init__(self, broker, name="watcher"):
+        self.held = {}
+        self.connection = BrokerConnection(broker.settings, name, subscriptions=["mobillm/v1/fleet/down/+", "mobillm/v1/+/down/plan"], on_message=self._take)
+        self.connection.start()
+        wait_until(lambda: self.connection.connected, 10, "the watcher connects")
+
+    def _take(self, message):
+        if message.payload:
+            self.held[message.topic] = message.payload
+        else:
+            self.held.pop(message.topic, None)
+
+    def manifest(self, fingerprint, public_key):
+        payload = self.held.get(topics.checkpoint(fingerprint))
+        return None if payload is None else verify_manifest(SignedManifest.from_bytes(payload), public_key)
+
+    def blob(self, blob):
+        return b"".join(self.held[topics.checkpoint_part(blob.sha256, n)] for n in range(blob.parts))
+
+    def parts(self):
+        return {topic for topic in self.held if "checkpoint-part" in topic}
+
+
+@pytest.fixture
+def link(tmp_path, settings, store):
+    """mosquitto, a connection, an outbox on it, and a watcher."""
+    with mosquitto(tmp_path / "broker") as broker:
+        connection = BrokerConnection(broker.settings, "outbox")
+        connection.start()
+        wait_until(lambda: connection.connected, 10, "the outbox connects")
+        small = settings.model_copy(update={"publishing": settings.publishing.model_copy(update={"part_bytes": PART})})
+        key = ensure_signing_key(settings)
+        watcher = Watcher(broker)
+        yield broker, connection, lambda: Outbox(small, store, connection, key, lambda: datetime.now(timezone.utc)), watcher
+        watcher.connection.stop()
+        connection.stop()
+
+
+@pytest.mark.broker
+@needs_mosquitto
+def test_a_checkpoint_goes_out_in_parts_and_signed_for_each_backbone(settings, store, link):
+    _, _, make_outbox, watcher = link
+    generation, files = write_checkpoint(settings, store, 1)
+    make_outbox().run_once()
+    public = load_public_key(settings.public_key_file)
+    wait_until(lambda: watcher.manifest(OTHER, public), 10, "the last manifest arrives")
+    for fingerprint in (MANIFEST.fingerprint, OTHER):
+        manifest = watcher.manifest(fingerprint, public)
+        assert (manifest.generation, manifest.step, manifest.plan) == (generation, 1, PLAN)
+        assert watcher.blob(manifest.ladder) == files["ladder.safetensors"]
+        assert watcher.blob(manifest.alignment) == files[f"alignment-{fingerprint}.safetensors"]
+    assert TapPlan.from_bytes(watcher.held[topics.fleet_plan()]) == PLAN
+    with store.read() as session:
+        assert checkpoints_to_publish(session) == []
+
+
+@pytest.mark.broker
+@needs_mosquitto
+def test_parts_of_old_generations_are_cleared_except_the_previous_ones(settings, store, link):
+    """Also by an outbox that was started in between and only knows from its file what the broker holds."""
+    _, _, make_outbox, watcher = link
+    public = load_public_key(settings.public_key_file)
+    seen = []
+    outbox = make_outbox()
+    for step in (1, 2, 3, 4):
+        generation, _ = write_checkpoint(settings, store, step)
+        if step == 3:
+            outbox = make_outbox()
+        outbox.run_once()
+        wait_until(lambda g=generation: (m := watcher.manifest(OTHER, public)) and m.generation == g, 10, f"generation {generation} arrives")
+        manifests = [watcher.manifest(name, public) for name in (MANIFEST.fingerprint, OTHER)]
+        seen.append({topics.checkpoint_part(b.sha256, n) for m in manifests for b in (m.ladder, m.alignment) for n in range(b.parts)})
+    wait_until(lambda: watcher.parts() == seen[2] | seen[3], 10, "only the parts of the last two are left")
+
+
+@pytest.mark.broker
+@needs_mosquitto
+def test_a_broker_that_forgot_everything_is_filled_again(settings, store, link):
+    broker, connection, make_outbox, _ = link
+    write_checkpoint(settings, store, 1)
+    outbox = make_outbox()
+    outbox.run_once()
+    before = connection.epoch
+    broker.kill()
+    broker.start()
+    wait_until(lambda: connection.epoch > before and connection.connected, 20, "the outbox is back")
+    outbox.run_once()
+    fresh = Watcher(broker, "fresh")
+    public = load_public_key(settings.public_key_file)
+    wait_until(lambda: fresh.manifest(OTHER, public) and topics.fleet_plan() in fresh.held, 10, "all is retained again")
+    assert len(fresh.blob(fresh.manifest(OTHER, public).ladder)) == 10_000
+    fresh.connection.stop()
+
+
+@pytest.mark.broker
+@needs_mosquitto
+def test_a_damaged_checkpoint_is_not_published_and_the_last_good_one_stays(settings, store, link, caplog):
+    _, _, make_outbox, watcher = link
+    outbox = make_outbox()
+    good, _ = write_checkpoint(settings, store, 1)
+    outbox.run_once()
+    write_checkpoint(settings, store, 2)
+    (settings.checkpoints_directory / "run-1" / "00000002" / "ladder.safetensors").write_bytes(b"damaged")
+    outbox.run_once()
+    assert "ladder.safetensors is damaged" in caplog.text
+    public = load_public_key(settings.public_key_file)
+    wait_until(lambda: watcher.manifest(OTHER, public), 10, "the good one is there")
+    assert watcher.manifest(OTHER, public).generation == good
+    with store.write() as session:
+        again = republish_checkpoint(session, good, now())
+    outbox.run_once()
+    wait_until(lambda: watcher.manifest(OTHER, public).generation == again, 10, "a roll-back goes out as a new generation")
+
+
+def test_the_plan_follows_the_settings_and_the_shallowest_backbone(tmp_path):
+    settings = settings_for(tmp_path, plan={"max_blocks": 3})
+    store = make_store(settings)
+
+    def newest():
+        with store.read() as session:
+            return newest_plan(session)
+
+    assert follow_settings(settings, store).blocks == 3  # 4 layers, capped
+    assert follow_settings(settings, store) is None
+    shallow = replace(MANIFEST, fingerprint=OTHER, layers=2, maps={1: "1" * 32, 2: "2" * 32})
+    with store.write() as session:
+        register_backbone(session, shallow)
+    assert follow_settings(settings, store).blocks == 2
+    more_labels = settings.model_copy(update={"task": TaskSettings(labels=(*LABELS, "grey"))})
+    assert follow_settings(more_labels, store).labels == (*LABELS, "grey")
+
+    by_hand = change_plan(more_labels, store, None, {"codec": "int8"})
+    assert follow_settings(more_labels, store) is None
+    assert newest() == by_hand
+    changed = more_labels.model_copy(update={"plan": PlanSettings(max_blocks=3, codec="fp16")})
+    assert follow_settings(changed, store).codec == "fp16"
+    change_plan(changed, store, "kitchen", {"rank": 8})
+    with store.read() as session:
+        versions = [row.version for row in plans(session)]
+    assert versions == sorted(set(versions))
+    store.close()
+
+
+def test_without_backbones_or_blocks_there_is_no_plan_yet(tmp_path):
+    from coordinator.store.engine import open_store
+    from coordinator.store.schema import upgrade
+
+    settings = settings_for(tmp_path, plan={})
+    settings.data_directory.mkdir(parents=True)
+    upgrade(settings.database_url)
+    store = open_store(settings.database_url)
+    assert follow_settings(settings, store) is None
+    store.close()
+
+
