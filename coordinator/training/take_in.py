@@ -100,7 +100,8 @@ def _keep(cache: TapCache, plan: TapPlan, frame: Frame, wanted: list[StoredSampl
         for sample in wanted
         if counts[sample.position]
     ]
-    cache.skipped["no tokens"] += len(wanted) - len(entries)
+    if len(entries) < len(wanted):
+        cache.skipped["no tokens"] += len(wanted) - len(entries)
     return cache.append(shard, entries)
 
 
