@@ -76,6 +76,11 @@ def health(device: str) -> str:
     return str(Topic(check_device_name(device), "up", "health"))
 
 
+def probe(device: str) -> str:
+    """Where a device publishes to itself to time the way to the broker; nobody listens, nothing is retained."""
+    return str(Topic(check_device_name(device), "up", "probe"))
+
+
 # From the coordinator to one device.
 
 

@@ -1,0 +1,163 @@
+"""The command `edge-agent`: parse, read the settings, call one function. Heavy imports stay inside the commands."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edge_agent import exit_codes
+
+if TYPE_CHECKING:
+    from edge_agent.settings import AgentSettings
+
+DEFAULT_CONFIG = Path("/etc/mobillm-fleet/agent.toml")
+
+app = typer.Typer(
+    name="edge-agent",
+    help="Runs private samples forward through a frozen backbone and sends what a coordinator needs to train a side network.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", envvar="MOBILLM_CONFIG", help=f"Settings (TOML). Without it {DEFAULT_CONFIG}, if it is there, and MOBILLM_* variables."),
+]
+
+
+@app.command()
+def run(config: ConfigOption = None) -> None:
+    """Take samples, send frames, keep what is not receipted; until SIGTERM or, if so set, until all is done."""
+    with _told_plainly():
+        settings = _settings(config)
+        _configure_logging(settings.log_level)
+        from edge_agent import agent
+        from edge_agent.signals import stop_on_signals
+
+        code = agent.run(settings, stop_on_signals())
+    raise typer.Exit(code)
+
+
+@app.command()
+def infer(  # noqa: PLR0917 - typer calls it by name
+    text: Annotated[str | None, typer.Argument(help="What to label.")] = None,
+    second: Annotated[str | None, typer.Argument(help="The second text, where the samples are pairs.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Label every row of this .jsonl or .csv file (also .gz).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    predictions: Annotated[bool, typer.Option("--predictions", help="With --file: print every row's label, not only the sums.")] = False,
+    config: ConfigOption = None,
+) -> None:
+    """Label a text, or the rows of a file, with the newest checkpoint that the agent fetched."""
+    with _told_plainly():
+        if (text is None) == (file is None):
+            raise typer.BadParameter("give a text, or --file FILE")
+        settings = _settings(config)
+        _configure_logging("warning")
+        from edge_agent import infer_command
+
+        if file is not None:
+            infer_command.label_file(settings, file, as_json=as_json, with_predictions=predictions)
+        else:
+            assert text is not None
+            infer_command.label_text(settings, text if second is None else (text, second), as_json=as_json)
+
+
+@app.command()
+def doctor(
+    config: ConfigOption = None, as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Check clock, broker, disk, backbone, memory and sources; 0 if all is well, 1 if something needs a cure."""
+    with _told_plainly():
+        settings = _settings(config)
+        logging.disable(logging.CRITICAL)  # what goes wrong stands in the table
+        from edge_agent.doctor import examine, show
+
+        findings = examine(settings)
+        show(findings, as_json=as_json)
+        failed = any(finding.level == "failed" for finding in findings)
+    raise typer.Exit(exit_codes.CRASH if failed else exit_codes.OK)
+
+
+@app.command("check-config")
+def check_config(config: ConfigOption = None) -> None:
+    """Print the settings in effect, and say what in them cannot work."""
+    with _told_plainly():
+        settings = _settings(config)
+        from edge_agent.config_check import problems, shown
+
+        for line in shown(settings):
+            typer.echo(line)
+        found = problems(settings)
+        for problem in found:
+            typer.echo(f"problem: {problem}", err=True)
+    raise typer.Exit(exit_codes.CONFIG_ERROR if found else exit_codes.OK)
+
+
+@app.command("systemd-unit")
+def systemd_unit(config: Annotated[Path, typer.Option("--config", "-c", help="The settings that the service reads.")] = DEFAULT_CONFIG) -> None:
+    """Print the systemd unit for this installation, to be saved as /etc/systemd/system/mobillm-edge-agent.service."""
+    from importlib.resources import files
+
+    unit = files("edge_agent").joinpath("systemd", "mobillm-edge-agent.service").read_text(encoding="utf-8")
+    program = Path(sys.executable).with_name("edge-agent")
+    typer.echo(unit.replace("/opt/mobillm-fleet/bin/edge-agent", str(program)).replace(str(DEFAULT_CONFIG), str(config.absolute())), nl=False)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from importlib import metadata
+
+    typer.echo(metadata.version("mobillm-fleet"))
+
+
+def _settings(config: Path | None) -> AgentSettings:
+    from edge_agent.settings import load_settings
+
+    return load_settings(config or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None))
+
+
+@contextmanager
+def _told_plainly() -> Iterator[None]:
+    """Errors that carry their cure end the program with one message instead of a traceback."""
+    from edge_agent.settings import ConfigError
+    from edge_agent.spool_file import SpoolError
+    from side_tuning.backbone_manifest import BackboneError
+    from side_tuning.broker_settings import BrokerFilesError
+    from side_tuning.signatures import SignatureError
+
+    try:
+        yield
+    except (ConfigError, BackboneError, BrokerFilesError, SignatureError) as error:
+        typer.echo(f"edge-agent: {error}", err=True)
+        raise typer.Exit(exit_codes.CONFIG_ERROR) from error
+    except SpoolError as error:  # the next start may find room, or a new file
+        typer.echo(f"edge-agent: {error}", err=True)
+        raise typer.Exit(exit_codes.CRASH) from error
+
+
+def _configure_logging(level: str) -> None:
+    import os
+    import time
+
+    # The journal stamps its lines itself.
+    stamp = "" if "JOURNAL_STREAM" in os.environ else "%(asctime)s.%(msecs)03dZ "
+    formatter = logging.Formatter(stamp + "%(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")
+    formatter.converter = time.gmtime
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatter)
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()
