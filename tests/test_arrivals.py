@@ -277,7 +277,7 @@ counts = st.integers(0, 50)
 @given(
     stored=counts, rejected=counts, again=counts, spooled=counts, dropped=counts, arrived_of_spooled=st.integers(0, 50), lost=st.integers(1, 50)
 )
-def test_an_honest_ledger_balances_and_a_loss_shows(
+def test_an_honest_ledger_balances_and_a_loss_shows(  # noqa: PLR0917 - one count each
     stored: int, rejected: int, again: int, spooled: int, dropped: int, arrived_of_spooled: int, lost: int
 ):
     """The device counts receipted + spooled + dropped; some of what it still holds may be here already."""

@@ -30,7 +30,16 @@ _BUSY_TIMEOUT_SECONDS = 30.0
 _WAL_LIMIT_BYTES = 64 * 1024 * 1024
 # Any constant will do; it only has to be the same for every coordinator.
 _POSTGRESQL_WRITER_LOCK = 0x6D6F6269_6C6C6D
-_RETRYABLE_SQLITE = {"SQLITE_FULL", "SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_NOMEM"}
+_RETRYABLE_SQLITE = (
+    "SQLITE_FULL",
+    "SQLITE_BUSY",
+    "SQLITE_LOCKED",
+    "SQLITE_IOERR",
+    "SQLITE_CANTOPEN",
+    "SQLITE_READONLY",
+    "SQLITE_NOMEM",
+)
+_DAMAGED_SQLITE = ("SQLITE_NOTADB", "SQLITE_CORRUPT")
 # Connection trouble, resources (disk full among them), operator intervention, deadlock, lock not available.
 _RETRYABLE_POSTGRESQL = ("08", "53", "57", "40", "55P03", "58")
 
@@ -151,7 +160,7 @@ def _check_schema(store: Store) -> None:
 
 
 def _make_engine(url: URL, *, writes: bool) -> Engine:
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"hide_parameters": True}  # errors are logged, and must not carry what devices sent
     if writes:
         # One writer: a second thread waits for the first one's commit instead of meeting "database is locked".
         options |= {"pool_size": 1, "max_overflow": 0, "pool_timeout": 60}
@@ -170,8 +179,8 @@ def _make_engine(url: URL, *, writes: bool) -> Engine:
 
 
 def translate_errors(engine: Engine) -> None:
-    """Make every failure that may pass (disk full, locked, unreachable) a `StoreUnavailable`."""
-    event.listen(engine, "handle_error", _translate)
+    """Make failures that may pass (disk full, locked, unreachable) `StoreUnavailable`, and a damaged file a `StoreError`."""
+    event.listen(engine, "handle_error", _translate, retval=True)
 
 
 def _set_pragmas(connection: sqlite3.Connection) -> None:
@@ -217,20 +226,27 @@ def take_writer_lock(connection: Connection) -> None:
     connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_POSTGRESQL_WRITER_LOCK})")
 
 
-def _translate(context: ExceptionContext) -> None:
+def _translate(context: ExceptionContext) -> StoreError | None:
     error = context.original_exception
+    url = None if context.engine is None else context.engine.url
     name = getattr(error, "sqlite_errorname", None)
     code = getattr(error, "sqlstate", None)
-    retryable = name is not None and any(name.startswith(prefix) for prefix in _RETRYABLE_SQLITE)
-    retryable = retryable or (code is not None and code.startswith(_RETRYABLE_POSTGRESQL))
-    retryable = retryable or (type(error).__name__ == "OperationalError" and name is None and code is None)
-    if retryable:
-        context.chained_exception = StoreUnavailable(_describe(None if context.engine is None else context.engine.url, error))
+    if name in _DAMAGED_SQLITE:
+        return StoreError(
+            f"database {url!r} is damaged or no database ({error}): move the file away and run `coordinator database upgrade`, "
+            "or put a backup in its place; devices still hold what has no receipt"
+        )
+    if name is not None:
+        retryable = any(name.startswith(prefix) for prefix in _RETRYABLE_SQLITE)
+    elif code is not None:
+        retryable = code.startswith(_RETRYABLE_POSTGRESQL)
+    else:  # the driver could not say: no connection, or it broke
+        retryable = type(error).__name__ == "OperationalError"
+    return StoreUnavailable(_describe(url, error)) if retryable else None
 
 
 def _describe(url: URL | None, error: BaseException) -> str:
-    name = getattr(error, "sqlite_errorname", "") or ""
-    full = name.startswith("SQLITE_FULL") or getattr(error, "sqlstate", "") == "53100"
+    name = getattr(error, "sqlite_errorname", "") or getattr(error, "sqlstate", "") or type(error).__name__
+    full = name.startswith(("SQLITE_FULL", "53100"))
     cure = "free some disk space, or lower the retention limits" if full else "it will be tried again"
-    return f"database {url!r} cannot be used now: {str(error).strip()} ({name or type(error).__name__}); {cure}"
-
+    return f"database {url!r} cannot be used now: {str(error).strip()} ({name}); {cure}"

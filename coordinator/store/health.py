@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from sqlalchemy import update
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from coordinator import arrivals
-from coordinator.store.accounts import open_devices, open_spools, raise_floor
+from coordinator.store.accounts import open_devices, raise_floor
 from coordinator.store.models import Device, Spool
 from coordinator.store.parts import close_incomplete
 from coordinator.store.timestamps import from_seconds, to_seconds
@@ -61,8 +61,13 @@ def _record_will(row: Device, health: Health, received_at: datetime) -> None:
 
 
 def _record_spool(session: Session, device: Device, count: SpoolCount, sent_at: datetime, received_at: datetime) -> None:
-    spool = open_spools(session, {device.name: device}, [(device.name, count.spool)], received_at)[device.name, count.spool]
-    if count.produced < spool.reported_produced:
+    spools = {row.spool: row for row in session.scalars(select(Spool).where(Spool.device_id == device.id))}
+    spool = spools.pop(count.spool, None)
+    if spool is None:
+        spool = Spool(device_id=device.id, spool=count.spool, created_at=received_at)
+        session.add(spool)
+        session.flush()
+    elif count.produced < spool.reported_produced:
         return  # an older report; the counts only grow
     spool.report_at = max(sent_at, spool.report_at or sent_at)
     spool.reported_produced = count.produced
@@ -71,9 +76,10 @@ def _record_spool(session: Session, device: Device, count: SpoolCount, sent_at: 
     spool.reported_dropped = count.dropped
     spool.superseded_at = None
     # A device has one spool: any other went with a card that was flashed anew or a file that was damaged.
-    others = (Spool.device_id == device.id, Spool.id != spool.id, Spool.superseded_at.is_(None))
-    session.execute(update(Spool).where(*others).values(superseded_at=received_at))
+    for other in spools.values():
+        other.superseded_at = other.superseded_at or received_at
     raise_floor(session, spool, count.floor)
-    close_incomplete(session, device, spool, "the device gave up the rest")
+    if spool.assembling_samples:
+        close_incomplete(session, device, spool, "the device gave up the rest")
 
 

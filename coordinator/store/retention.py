@@ -134,4 +134,7 @@ def _shrink(session: Session) -> None:
     free = session.scalar(text("PRAGMA freelist_count")) or 0
     pages = session.scalar(text("PRAGMA page_count")) or 1
     if free > _FREE_SHARE * pages:
-        session.execute(text(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})")).all()
+        # Python's driver takes one step of this statement and each step frees one page, so it is asked page by page.
+        connection = session.connection()
+        for _ in range(min(free, _VACUUM_PAGES)):
+            connection.exec_driver_sql("PRAGMA incremental_vacuum(1)")

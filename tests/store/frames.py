@@ -27,7 +27,7 @@ def sample_id(name: object) -> str:
     return hashlib.sha256(str(name).encode()).hexdigest()[:32]
 
 
-def make_frame(
+def make_frame(  # noqa: PLR0917 - test data
     device: str = "kitchen",
     sequence: int = 1,
     names: Sequence[object] = ("a", "b"),
@@ -67,7 +67,7 @@ def unreadable(device: str, sequence: int | None, at: datetime = START, spool: s
     return ReceivedFrame(device, topics.activations(device), payload, at, None, "frame: damaged", spool, sequence)
 
 
-def report(
+def report(  # noqa: PLR0917 - test data
     produced: int,
     receipted: int,
     spooled: int,

@@ -162,7 +162,7 @@ class Delivery(RuleBasedStateMachine):
             open_next = receipt.stored_through + 1
             assert open_next not in here, "the receipt could have said more"
             assert {n for n in here if n > receipt.stored_through} == set(receipt.stored_ahead)
-            assert set(n for n, _ in receipt.rejected) <= set(here)
+            assert {n for n, _ in receipt.rejected} <= set(here)
             assert max(here.values(), default=1) == 1, "a sequence is in the store twice"
 
     @invariant()

@@ -1,0 +1,61 @@
+"""The overview: right for one device, quick for two thousand."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from coordinator.store.engine import Store
+from coordinator.store.fleet import device_overview, fleet_totals
+from coordinator.store.health import record_health
+from coordinator.store.ingest import insert_frames
+from tests.store.frames import SPOOL, START, after, make_frame, received, report, unreadable
+
+
+def test_an_empty_store_has_no_devices(store: Store):
+    with store.read() as session:
+        assert device_overview(session, START) == []
+        totals = fleet_totals(session)
+    assert (totals.devices, totals.ledger.settled) == (0, True)
+
+
+def test_a_device_with_its_rates_state_and_counts(store: Store):
+    for n in range(1, 31):  # two samples every two seconds, one batch each: the state lives in the store
+        with store.write() as session:
+            insert_frames(session, [received(make_frame(sequence=n, names=[2 * n, 2 * n + 1]), after(2 * n))])
+    with store.write() as session:
+        record_health(session, "kitchen", report(62, 60, 2, floor=31, at=after(60)), after(60))
+        insert_frames(session, [unreadable("kitchen", 31, after(61))])
+    with store.read() as session:
+        (view,) = device_overview(session, after(61))
+    assert view.state == "on-time"
+    assert view.since == after(60)
+    assert view.rate_1m == pytest.approx(1.0, rel=0.1)
+    assert view.rate_5m == pytest.approx(1.0, rel=0.1)
+    assert view.rate_60m == pytest.approx(1.0, rel=0.1)
+    assert view.expected_by is not None
+    assert after(62) <= view.expected_by <= after(75)
+    assert (view.stored_frames, view.stored_samples, view.rejected_frames) == (30, 60, 1)
+    assert (view.gap_frames, view.ledger.balanced) == (0, True)
+    assert view.spools[0].spool == SPOOL
+    with store.read() as session:
+        late = device_overview(session, after(100))[0]
+    assert late.state == "late"
+
+
+def test_the_overview_of_two_thousand_devices_is_quick(store: Store):
+    """A page must show within a second on a small machine (measured here: 0.2 s)."""
+    with store.write() as session:
+        for start in range(0, 2000, 100):
+            names = [f"device-{n:04}" for n in range(start, start + 100)]
+            insert_frames(session, [received(make_frame(name)) for name in names])
+            for name in names:
+                record_health(session, name, report(2, 2, 0, floor=2), START)
+    with store.read() as session:
+        begin = time.process_time()
+        views = device_overview(session, after(1))
+        seconds = time.process_time() - begin
+    assert len(views) == 2000
+    assert all(view.ledger.settled for view in views)
+    assert seconds < 1.0
