@@ -249,7 +249,8 @@ def _one_in_words(location: list[int | str], entry: dict[str, Any]) -> str:
         return f"{name}: kind must be one of file, folder, mqtt"
     message = str(entry["msg"]).removeprefix("Value error, ")
     value = entry.get("input")
-    shown = "" if isinstance(value, dict | BaseModel) or repr(value) in message or "password" in name else f" {value!r:.120}:"
+    told_already = isinstance(value, str) and repr(value) in message
+    shown = "" if isinstance(value, dict | BaseModel) or told_already or "password" in name else f" {value!r:.120}:"
     return f"{name}:{shown} {message[:1].lower()}{message[1:]}"
 
 
