@@ -18,6 +18,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
 from edge_agent import exit_codes
 from edge_agent.backbone import Backbone
 from edge_agent.checkpoint_store import CheckpointStore
@@ -61,17 +63,11 @@ def run(settings: AgentSettings, stop: threading.Event) -> int:
         sources = open_sources(settings.sources, spool.seen, state_directory=settings.state_directory)
         for source in sources:
             cleanup.callback(source.close)
-        agent = Agent(settings, backbone, spool, sources)
-        agent.checkpoints = CheckpointReceiver(
-            agent.connection, CheckpointStore(settings.state_directory), backbone.manifest, public_key, on_change=agent.report_soon,
-        )
-        return agent.run(stop)
+        return Agent(settings, backbone, spool, sources, public_key).run(stop)
 
 
 class Agent:
     """The running device program: its loops and what they share."""
-
-    checkpoints: CheckpointReceiver
 
     def __init__(
         self,
@@ -79,6 +75,7 @@ class Agent:
         backbone: Backbone,
         spool: Spool,
         sources: list[SampleSource],
+        public_key: Ed25519PublicKey | None,
         *,
         now: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
@@ -100,7 +97,6 @@ class Agent:
             ],
             on_message=self._dispatch,
             on_connected=self._connected,
-            on_disconnected=self._disconnected,
             clean_start=False,
             session_expiry_seconds=SESSION_SECONDS,
         )
@@ -110,6 +106,9 @@ class Agent:
             device,
             window_frames=settings.publisher.window_frames,
             resend_seconds=settings.publisher.resend_seconds,
+        )
+        self.checkpoints = CheckpointReceiver(
+            self.connection, CheckpointStore(settings.state_directory), backbone.manifest, public_key, on_change=self.report_soon,
         )
         self._session = ""
         self._started_at = now()
@@ -311,9 +310,6 @@ class Agent:
     def _connected(self, connected: Connected) -> None:
         self.publisher.connected(connected)
         self.report_soon()
-
-    def _disconnected(self, reason: str) -> None:
-        self.publisher.disconnected(reason)
 
     def _dispatch(self, message: Message) -> None:
         if message.topic == topics.receipt(self.settings.device):

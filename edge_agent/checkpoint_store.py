@@ -65,19 +65,7 @@ class CheckpointStore:
 
         """
         generation = self.generation()
-        return self.load(self.folder / str(generation)) if generation else None
-
-    def load(self, folder: Path) -> StoredCheckpoint:
-        """Read and check one checkpoint's folder."""
-        try:
-            manifest = CheckpointManifest.from_bytes(SignedManifest.from_bytes((folder / MANIFEST).read_bytes()).manifest)
-            for blob, name in ((manifest.ladder, LADDER), (manifest.alignment, ALIGNMENT)):
-                check_blob((folder / name).read_bytes(), blob)
-        except (OSError, FrameError, CheckpointError) as error:
-            raise CheckpointError(
-                f"checkpoint {folder} is damaged: {error}; remove the folder {self.folder} and let the agent fetch it again"
-            ) from error
-        return StoredCheckpoint(folder, manifest)
+        return load_checkpoint(self.folder / str(generation)) if generation else None
 
     # Parts on their way.
 
@@ -148,6 +136,19 @@ class CheckpointStore:
         for folder in incoming.iterdir() if incoming.is_dir() else ():
             if folder.name not in wanted:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def load_checkpoint(folder: Path) -> StoredCheckpoint:
+    """Read one checkpoint's folder and check its files against the manifest."""
+    try:
+        manifest = CheckpointManifest.from_bytes(SignedManifest.from_bytes((folder / MANIFEST).read_bytes()).manifest)
+        for blob, name in ((manifest.ladder, LADDER), (manifest.alignment, ALIGNMENT)):
+            check_blob((folder / name).read_bytes(), blob)
+    except (OSError, FrameError, CheckpointError) as error:
+        raise CheckpointError(
+            f"checkpoint {folder} is damaged: {error}; remove the folder {folder.parent} and let the agent fetch it again"
+        ) from error
+    return StoredCheckpoint(folder, manifest)
 
 
 def part_size(blob: Blob, index: int) -> int:

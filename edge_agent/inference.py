@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_agent.backbone import Backbone, BackboneManifest, TextError, Texts, read_manifest
-from edge_agent.checkpoint_store import CheckpointError, CheckpointStore, StoredCheckpoint
+from edge_agent.checkpoint_store import CheckpointError, CheckpointStore, StoredCheckpoint, load_checkpoint
 from edge_agent.taps import check_plan, compute_taps
 from side_tuning.wire.codecs import round_trip
 
@@ -32,13 +32,15 @@ class Prediction:
 class Predictor:
     """One checkpoint on one backbone. Not for use by two threads at once (neither is the backbone)."""
 
-    def __init__(self, backbone: Backbone, checkpoint: StoredCheckpoint, *, batch_size: int = 16) -> None:
-        """Load the side network.
+    def __init__(self, backbone: Backbone, checkpoint: StoredCheckpoint | Path, *, batch_size: int = 16) -> None:
+        """Load the side network of a checkpoint, or of a checkpoint's folder.
 
         Raises:
             CheckpointError: it is damaged, or was made for another backbone.
 
         """
+        if isinstance(checkpoint, Path):
+            checkpoint = load_checkpoint(checkpoint)
         if checkpoint.manifest.fingerprint != backbone.manifest.fingerprint:
             raise CheckpointError(
                 f"checkpoint {checkpoint.manifest.generation} is for backbone {checkpoint.manifest.fingerprint}, this device "

@@ -71,7 +71,6 @@ class Publisher:
         self._wake = threading.Event()
         self._receipts: deque[bytes] = deque(maxlen=64)  # cumulative: an overwritten one is contained in the next
         self._finished: deque[PublishHandle] = deque()
-        self._broken: deque[float] = deque(maxlen=8)
         self.link = Link(connection.settings.keepalive_seconds)
         self._refusal = ""
         self._too_large = ""
@@ -102,10 +101,6 @@ class Publisher:
         self._retry_set_aside = True
         self._wake.set()
 
-    def disconnected(self, _reason: str) -> None:
-        self._broken.append(self._clock())
-        self._wake.set()
-
     def frame_bytes(self, plan_bytes: int) -> int:
         """The size at which the intake should close frames on this link."""
         return self.link.frame_bytes(plan_bytes, self._connection.max_packet_bytes)
@@ -117,7 +112,6 @@ class Publisher:
         while not stop.is_set():
             self.ticked_at = self._clock()
             self._wake.clear()
-            self._take_breaks()
             self._take_acknowledgements()
             self._take_receipts()
             self._refill()
@@ -125,14 +119,6 @@ class Publisher:
             self._count_bytes()
             self._wake.wait(wait_seconds)
         self._count_bytes()
-
-    def _take_breaks(self) -> None:
-        while self._broken:
-            broken_at = self._broken.popleft()
-            under_way = [e for e in self._window.values() if e.under_way is not None]
-            if under_way:
-                in_flight = sum(e.size for e in under_way)
-                self.link.stalled(in_flight, min(e.sent_at for e in under_way), broken_at)
 
     def _take_acknowledgements(self) -> None:
         while self._finished:
@@ -143,29 +129,38 @@ class Publisher:
             elif handle.rc.startswith("refused") and self._refusal != handle.rc:
                 self._refusal = handle.rc
                 logger.error("frames are %s; grant this device the topic %s at the broker", handle.rc, self._topic)
+        under_way = [e.under_way for e in self._window.values() if e.under_way is not None]
+        # The handles of a connection fail together, but one after the other: the first one speaks for all.
+        broken_at = next((h.done_at for h in under_way if h.rc == "connection lost"), None)
+        if broken_at is not None:
+            unacknowledged = [h for h in under_way if not h.sent]
+            self.link.stalled(sum(h.payload_bytes for h in unacknowledged), min(h.sent_at for h in unacknowledged), broken_at)
         for entry in self._window.values():
-            if entry.under_way is not None and entry.under_way.rc != "in flight":
+            if entry.under_way is not None and (entry.under_way.rc != "in flight" or broken_at is not None):
                 entry.under_way = None
 
     def _take_receipts(self) -> None:
+        newest: Receipt | None = None
+        rejected: dict[int, str] = {}
         while self._receipts:
-            payload = self._receipts.popleft()
             try:
-                receipt = Receipt.from_bytes(payload)
+                receipt = Receipt.from_bytes(self._receipts.popleft())
             except FrameError as error:
                 logger.error("a receipt was not understood: %s", error)
                 continue
-            if receipt.spool != self._spool.id:
-                continue  # of an earlier life of this device's storage
-            self._resume_at = 0.0
-            self._spool.acknowledge(receipt)
-            self.last_receipt_at = self._clock()
-            ahead = set(receipt.stored_ahead)
-            safe = [n for n in self._window if n <= receipt.stored_through or n in ahead]
-            self._forget(safe)
-            for sequence, reason in receipt.rejected:
-                if sequence in safe:
-                    logger.error("the coordinator rejected frame %d (it keeps it): %s", sequence, reason)
+            if receipt.spool == self._spool.id:  # others are of an earlier life of this device's storage
+                newest = receipt  # cumulative: it contains the ones before it
+                rejected.update(receipt.rejected)
+        if newest is None:
+            return
+        self._resume_at = 0.0
+        self.last_receipt_at = self._clock()
+        self._spool.acknowledge(newest)
+        ahead = set(newest.stored_ahead)
+        safe = [n for n in self._window if n <= newest.stored_through or n in ahead]
+        for sequence in sorted(rejected.keys() & set(safe)):
+            logger.error("the coordinator rejected frame %d (it keeps it): %s", sequence, rejected[sequence])
+        self._forget(safe)
 
     def _forget(self, safe: list[int]) -> None:
         if not safe:

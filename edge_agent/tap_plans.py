@@ -1,6 +1,8 @@
 """Which tap plan is in use: the device's own before the fleet's, each persisted, a wrong one refused and told.
 
-The network thread only leaves payloads here; `settle` takes them in, between two batches.
+The network thread only leaves payloads here; `settle` takes them in, between two batches. Known weakness: a device's own
+plan that is taken back while the device is away stays in use, since a cleared topic says nothing to those who come later
+(and neither does one that the broker forgot); publish a plan of a higher version for it instead.
 """
 
 from __future__ import annotations

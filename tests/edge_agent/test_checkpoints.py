@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from edge_agent.backbone import read_manifest
-from edge_agent.checkpoint_store import INCOMING, CheckpointError, CheckpointStore
+from edge_agent.checkpoint_store import INCOMING, CheckpointError, CheckpointStore, load_checkpoint
 from edge_agent.checkpoints import CheckpointReceiver
 from side_tuning.broker_connection import BrokerConnection, Message
 from side_tuning.signatures import load_public_key, load_signing_key, make_key, sign_manifest
@@ -200,4 +200,4 @@ def test_half_a_swap_leaves_the_last_good_one(minilm, signing_key, tmp_path):
     store.activate(staged, 2)
     assert CheckpointStore(tmp_path).current().manifest.generation == 2
     with pytest.raises(CheckpointError, match="damaged"):
-        store.load(store.folder / "3")
+        load_checkpoint(store.folder / "3")

@@ -18,6 +18,7 @@ from side_tuning.wire.frame import Frame, SampleInfo, Tap, encode_frame, split_f
 from side_tuning.wire.messages import Receipt
 from tests.brokers import amqtt, mosquitto, needs_mosquitto
 from tests.receiving import Receiver
+from tests.slow_link import slow_uplink
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.broker
@@ -43,7 +44,6 @@ class Device:
             subscriptions=[topics.receipt(device)],
             on_message=lambda message: self.publisher.offer_receipt(message.payload),
             on_connected=lambda connected: self.publisher.connected(connected),  # noqa: PLW0108 - made below
-            on_disconnected=lambda reason: self.publisher.disconnected(reason),  # noqa: PLW0108
             reconnect_min_seconds=0.05,
         )
         self.device = device
@@ -217,3 +217,43 @@ def test_large_frames_travel_in_parts_and_join(broker, tmp_path):
         wait_until(device.empty, 20, "all receipted")
         assert len(receiver.frames) > 10
         assert len(receiver.whole_frames()) == 2
+
+
+def link_settings(broker, port):
+    return broker.settings.model_copy(update={"port": port, "keepalive_seconds": 5})
+
+
+@pytest.mark.slow
+@needs_mosquitto
+def test_a_frame_that_takes_longer_than_two_keepalives_is_delivered(broker, tmp_path):
+    """FIELD fact 4: paho alone would reconnect and start it again for ever. 128 KiB at 10 kB/s take 13 s, the keepalive is 5 s."""
+    with (
+        slow_uplink(broker.port, 10_000) as port,
+        Receiver(broker.settings, DEVICE) as receiver,
+        Device(tmp_path, link_settings(broker, port)) as device,
+    ):
+        device.append(1, width=65_000)
+        wait_until(device.empty, 60, "delivered")
+        assert device.connection.keepalive_seconds > 13
+        assert receiver.arrivals[device.spool.id, 1] == 1
+        assert device.publisher.frame_bytes(131_072) < 131_072, "frames closed from now on are smaller"
+
+
+@pytest.mark.slow
+@needs_mosquitto
+def test_a_slow_link_is_used_fully_without_a_disconnect(broker, tmp_path):
+    """1 MB at 100 kB/s with a keepalive of 5 s: ideally 10 s; at most 1.3 times that, and the connection holds."""
+    with (
+        slow_uplink(broker.port, 100_000) as port,
+        Receiver(broker.settings, DEVICE) as receiver,
+        Device(tmp_path, link_settings(broker, port)) as device,
+    ):
+        wait_until(lambda: device.connection.connected, 10, "connected")
+        started = time.monotonic()
+        device.append(16, width=32_000)
+        wait_until(device.empty, 60, "delivered")
+        seconds = time.monotonic() - started
+        assert device.connection.epoch == 1
+        assert max(receiver.arrivals.values()) == 1
+        assert seconds < 1.3 * 16 * 64_500 / 100_000 + 1.5, f"took {seconds:.1f} s"
+        assert device.publisher.link.goodput == pytest.approx(100_000, rel=0.3)
