@@ -13,6 +13,9 @@ Batch t depends only on the seed, t, the stored samples and how often each was d
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from dataclasses import dataclass
+
 import numpy as np
 
 
@@ -104,16 +107,16 @@ class Sampler:
         generator = np.random.default_rng((self._seed, step))
         # Evenly spaced points with one random offset: each device gets its share of every batch, rounded fairly.
         points = (np.arange(size) + generator.random()) / size
-        chances = generator.random((size, 3))
+        chances = generator.random((size, 3)).tolist()
         batch: list[int] = []
-        for point, (class_chance, first_chance, second_chance) in zip(points, chances, strict=True):
+        for point, (class_chance, first_chance, second_chance) in zip(points.tolist(), chances, strict=True):
             tables = self._tabulate()
             if not tables.devices:
                 break
-            at = int(np.searchsorted(tables.device_bounds, point, side="right"))
-            device = tables.devices[min(at, len(tables.devices) - 1)]
+            # The last bound is 1, but rounding may leave it a little below.
+            device = tables.devices[min(bisect_right(tables.device_bounds, point), len(tables.devices) - 1)]
             labels, bounds = tables.classes[device]
-            label = labels[min(int(np.searchsorted(bounds, class_chance, side="right")), len(labels) - 1)]
+            label = labels[min(bisect_right(bounds, class_chance), len(labels) - 1)]
             batch.append(self._take(device, label, first_chance, second_chance))
         return np.array(batch, np.int64)
 
@@ -143,17 +146,15 @@ class Sampler:
         return self._tables
 
 
+@dataclass(frozen=True)
 class _Tables:
     """Cumulated shares of the devices and, per device, of its classes."""
 
-    def __init__(
-        self, devices: list[int], device_bounds: np.ndarray, classes: dict[int, tuple[list[int], np.ndarray]]
-    ) -> None:
-        self.devices = devices
-        self.device_bounds = device_bounds
-        self.classes = classes
+    devices: list[int]
+    device_bounds: list[float]
+    classes: dict[int, tuple[list[int], list[float]]]
 
 
-def _bounds(weights: list[float]) -> np.ndarray:
+def _bounds(weights: list[float]) -> list[float]:
     cumulated = np.cumsum(np.array(weights, np.float64))
-    return cumulated / cumulated[-1] if len(cumulated) else cumulated
+    return (cumulated / cumulated[-1]).tolist() if len(cumulated) else []
