@@ -91,14 +91,17 @@ def make_payload(
 ) -> bytes:
     """A frame as a device would send it; the sample ids follow from device, spool and sequence."""
     width = width or manifest.width
-    values = np.random.default_rng(sequence).normal(size=(samples, width)).astype(np.float32)
-    data = encode_vectors(values, plan.codec, plan.group)
+    chance = np.random.default_rng(sequence)
+
+    def vectors() -> bytes:
+        return encode_vectors(chance.normal(size=(samples, width)).astype(np.float32), plan.codec, plan.group)
+
     owner = zlib.crc32((device + spool).encode())
     infos = tuple(
         SampleInfo(f"{owner:08x}{sequence:08x}{n:04x}", (labels or (n % 3,) * samples)[n], "train", 7)
         for n in range(samples)
     )
-    taps = tuple(Tap(layer, samples, width, plan.codec, plan.group, None, data) for layer in layers or plan.taps(manifest.layers))
+    taps = tuple(Tap(layer, samples, width, plan.codec, plan.group, None, vectors()) for layer in layers or plan.taps(manifest.layers))
     return encode_frame(
         Frame(
             device=device,

@@ -163,6 +163,17 @@ def test_frames_that_no_plan_allows_are_rejected(start, device, options, reason)
     assert stored_frames(store) == []
 
 
+def test_messages_on_topics_that_are_no_devices_are_acknowledged_and_counted(start, device, sender):
+    running, store = start()
+    for owner in ("fleet", "not a name", "%"):
+        sender.publish(f"mobillm/v1/{owner}/up/activations", make_payload("d", 1))
+        sender.publish(f"mobillm/v1/{owner}/up/health", b"x")
+    one = device("d", {1: make_payload("d", 1)})
+    wait_until(lambda: one.done, 10, "a good frame behind them is receipted")
+    wait_until(lambda: running.gateway.writer.counters.unattributable == 6, 10, "they are counted")
+    assert stored_frames(store) == [("5b001", 1)]
+
+
 def test_a_frame_under_another_devices_topic_is_rejected(start, device):
     _, store = start()
     one = device("liar", {1: make_payload("honest", 1)})

@@ -9,7 +9,14 @@ import threading
 import pytest
 
 from tests.brokers import mosquitto, needs_mosquitto
-from tests.coordinator.fleet import ScriptedDevice, make_payload, make_store, settings_file, settings_for, stored_frames
+from tests.coordinator.fleet import (
+    ScriptedDevice,
+    make_payload,
+    make_store,
+    settings_file,
+    settings_for,
+    stored_frames,
+)
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.broker, needs_mosquitto]
