@@ -258,18 +258,6 @@ def test_a_checkpoint_is_fetched_while_it_runs_and_reported(receiver, settings, 
         wait_until(lambda: receiver.newest_health and receiver.newest_health.checkpoint == 3, 30, "reported")
 
 
-AGENT_PROGRAM = """
-import signal, sys, threading
-from pathlib import Path
-from edge_agent.agent import run
-from edge_agent.settings import load_settings
-
-stop = threading.Event()
-signal.signal(signal.SIGTERM, lambda *_: stop.set())
-sys.exit(run(load_settings(Path(sys.argv[1])), stop))
-"""
-
-
 @pytest.fixture
 def process(tmp_path, minilm, broker, public_key_file):
     """Starts the agent as a process of its own, so that it can be killed."""
@@ -284,7 +272,7 @@ def process(tmp_path, minilm, broker, public_key_file):
     started = []
 
     def start(**environment):
-        child = subprocess.Popen([sys.executable, "-c", AGENT_PROGRAM, str(config)], env={**os.environ, **environment})
+        child = subprocess.Popen([sys.executable, "-m", "edge_agent.cli", "run", "--config", str(config)], env={**os.environ, **environment})
         started.append(child)
         return child
 
