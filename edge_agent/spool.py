@@ -24,10 +24,8 @@ from typing import Literal, TypeVar
 from typing_extensions import Self
 
 from edge_agent.compact_set import CompactSet, digest_of, pack_digests
-from edge_agent.health import disk_free_bytes
+from edge_agent.disk_room import DiskRoom
 from edge_agent.spool_file import (
-    RESERVE_BYTES,
-    Reserve,
     SpoolDamaged,
     SpoolError,
     SpoolFull,
@@ -89,8 +87,7 @@ class Spool:
         self.id = str(database.execute("SELECT spool FROM counters").fetchone()[0])
         self.moved_aside = ""  # why the spool before this one was moved aside, when that happened at this start
         self._file_lock = lock
-        self._reserve = Reserve(path)
-        self._disk_room: int | None = None
+        self._room = DiskRoom(path, database, max_bytes)
         self._database = database
         self._max_bytes = max_bytes
         self._policy = policy
@@ -161,7 +158,7 @@ class Spool:
         """
         with self._lock:
             digests = [digest_of(sample_id) for sample_id in sample_ids]
-            room = self._room()
+            room = self._room.bytes_allowed()
             if self._policy == "pause" and self._tally.spooled_bytes >= room:
                 raise self._full()
             first = self._tally.next_sequence
@@ -185,11 +182,11 @@ class Spool:
             try:
                 self._write(insert)
             except SpoolFull:
-                room = self._lower_room_to_the_disk()
+                room = self._room.lower(self._tally.spooled_bytes)
                 if self._policy == "pause" or self._tally.spooled_frames == 0:
                     raise
                 self._write(insert, makes_room=True)
-                self._restore_reserve()
+                self._room.restore()
             self._seen.add(digests)
             self._new_frames.set()
             return list(range(first, first + len(payloads)))
@@ -276,7 +273,7 @@ class Spool:
             for start in range(0, len(receipted), FORGET_FRAMES):
                 self._forget(receipted[start : start + FORGET_FRAMES])
             if receipted:
-                self._restore_reserve()
+                self._room.restore()
                 self._shrink()
             return len(receipted)
 
@@ -381,13 +378,7 @@ class Spool:
         except sqlite3.Error as error:
             if not is_full(error):
                 raise self._fail(error) from error
-        if makes_room:
-            self._reserve.release()
-        try:
-            # RESTART, not TRUNCATE: the log keeps its place on the disk, which somebody else might take.
-            self._database.execute("PRAGMA wal_checkpoint(RESTART)")
-        except sqlite3.Error as error:
-            logger.debug("spool %s: no checkpoint on a full disk: %s", self.path, error)
+        self._room.free_the_log(use_reserve=makes_room)
         try:
             return self._commit(change)
         except sqlite3.Error as error:
@@ -426,7 +417,7 @@ class Spool:
     # Room.
 
     def _full(self) -> SpoolFull:
-        if self._disk_room is not None:
+        if self._room.is_lowered:
             return SpoolFull(f"the disk of the spool {self.path} is full; free some space, it goes on by itself")
         return SpoolFull(
             f"the spool is full: {self._tally.spooled_bytes} of {self._max_bytes} bytes wait for the coordinator's receipt. "
@@ -448,32 +439,6 @@ class Spool:
         tally.spooled_frames -= len(rows)
         tally.spooled_bytes -= sum(row[2] for row in rows)
         return samples
-
-    def _room(self) -> int:
-        """Bytes that the spool may hold: the setting, or less while the disk is fuller than that."""
-        if self._disk_room is not None and self._disk_has_room():
-            self._restore_reserve()
-            if self._reserve.is_whole and self._disk_has_room():
-                self._disk_room = None
-        return self._max_bytes if self._disk_room is None else min(self._max_bytes, self._disk_room)
-
-    def _disk_has_room(self) -> bool:
-        return (disk_free_bytes(self.path.parent) or 0) > RESERVE_BYTES
-
-    def _lower_room_to_the_disk(self) -> int:
-        """After "disk full": stay somewhat below what was held then, so that the file lives in its own freed pages."""
-        held = self._tally.spooled_bytes
-        self._disk_room = held - min(held // 4, RESERVE_BYTES // 2)
-        return self._disk_room
-
-    def _restore_reserve(self) -> None:
-        if self._reserve.is_whole:
-            return
-        try:
-            self._database.execute("PRAGMA wal_checkpoint(RESTART)")  # first: it may need the room itself
-        except sqlite3.Error as error:
-            logger.debug("spool %s: no checkpoint on a full disk: %s", self.path, error)
-        self._reserve.restore()
 
     def _drop_down_to(self, tally: _Tally, wanted_bytes: int) -> None:
         """Drop whole frames, the oldest first, until at most `wanted_bytes` are held.

@@ -11,10 +11,9 @@ from pathlib import Path
 
 SCHEMA_VERSION = 1
 KEPT_ASIDE = 3  # moved-aside files kept for inspection; older ones are deleted
-# Checkpoints come often enough that the log stays far smaller than the reserve (below), which has to outlast one.
+# Checkpoints come often enough that the log stays far smaller than the reserve of disk_room.py, which has to outlast one.
 WAL_PAGES = 256
 WAL_LIMIT_BYTES = 2 * 1024 * 1024
-RESERVE_BYTES = 2 * 1024 * 1024
 
 _TABLES = """
 CREATE TABLE counters (
@@ -70,35 +69,6 @@ class SpoolLock:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-
-
-class Reserve:
-    """Disk space held back for deleting: on a disk that others filled up, even forgetting a frame needs room in the log.
-
-    Without it a full disk is for ever: no receipt can be applied, so no room is made.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path.with_name(path.name + ".reserve")
-        self.restore()
-
-    @property
-    def is_whole(self) -> bool:
-        return self._path.exists() and self._path.stat().st_size >= RESERVE_BYTES
-
-    def release(self) -> None:
-        self._path.unlink(missing_ok=True)
-
-    def restore(self) -> None:
-        """Take the space back, or as much of it as there is."""
-        if self.is_whole:
-            return
-        size = RESERVE_BYTES
-        while size >= RESERVE_BYTES // 8:
-            with contextlib.suppress(OSError), self._path.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, size)
-                return
-            size //= 2
 
 
 def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
