@@ -1,0 +1,95 @@
+"""What the fleet is measured against: the same side network on the same taps in full precision, trained centrally and per device.
+
+The taps come from the device program (`edge_agent.export_taps`) as a child process, from the very samples that the
+fleet produced, without codec, spool or broker.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from coordinator.demonstration.fleet import DemoDevice, Say
+from coordinator.demonstration.processes import run_program
+from coordinator.training.reference import Activations, train_centrally, train_per_device
+from coordinator.training.settings import TrainingSettings
+from side_tuning.wire.messages import TapPlan
+
+EXPORT_SECONDS = 3_600.0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Held-out accuracies over all devices' test rows."""
+
+    centralised_accuracy: float
+    per_device_accuracy: float  # mean over the held-out samples of all devices, each by its own device's network
+
+
+def compare(
+    devices: Sequence[DemoDevice],
+    produced: Mapping[str, int],
+    plan: TapPlan,
+    settings: TrainingSettings,
+    *,
+    folder: Path,
+    say: Say,
+    samples_drawn: int | None = None,
+) -> Comparison:
+    """Train both comparisons on what each device produced; `samples_drawn` is how many the fleet's trainer drew."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plan_file = folder / "tap-plan"
+    plan_file.write_bytes(plan.to_bytes())
+    say("comparison: computing the same taps in full precision")
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        files = list(pool.map(lambda device: _export(device, produced[device.name], plan_file, folder), devices))
+    train: list[Activations] = []
+    held_out: list[Activations] = []
+    for device, file in zip(devices, files, strict=True):
+        for split, group in _read(device, file, plan).items():
+            (held_out if split == "held-out" else train).append(group)
+        file.unlink()
+    import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
+    classes = len(plan.labels)
+    say("comparison: training one side network centrally")
+    central = train_centrally(train, held_out, settings, classes=classes, samples_drawn=samples_drawn)
+    say("comparison: training one side network per device")
+    alone = train_per_device(train, held_out, settings, classes=classes)
+    return Comparison(central.accuracy, alone.accuracy)
+
+
+def _export(device: DemoDevice, samples: int, plan_file: Path, folder: Path) -> Path:
+    out = folder / f"{device.name}.safetensors"
+    program = [sys.executable, "-m", "edge_agent.export_taps", "--backbone", str(device.backbone.folder)]
+    rest = ["--plan", str(plan_file), "--samples", str(device.samples_file), "--out", str(out), "--limit", str(samples)]
+    run_program(f"exporting the taps of {device.name}", [*program, *rest], EXPORT_SECONDS)
+    return out
+
+
+def _read(device: DemoDevice, file: Path, plan: TapPlan) -> dict[str, Activations]:
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    tensors = load_file(file)
+    layers = plan.layers(device.backbone.manifest.layers)
+    inputs = np.stack([tensors[f"layer.{layer}"] for layer in layers], axis=1)  # (rows, B, d)
+    tokens, held_out = tensors["tokens"], tensors["held_out"]
+    groups = {}
+    for split, chosen in (("train", ~held_out), ("held-out", held_out)):
+        if not chosen.any():
+            continue
+        rows = np.repeat(chosen, tokens) if plan.mode == "sequence" else chosen
+        groups[split] = Activations(
+            device=device.name,
+            fingerprint=device.backbone.manifest.fingerprint,
+            inputs=inputs[rows],
+            labels=tensors["label"][chosen],
+            tokens=tokens[chosen].tolist() if plan.mode == "sequence" else None,
+        )
+    return groups

@@ -1,0 +1,134 @@
+"""MAIN FLOW of the demonstration: prepare, run the fleet, measure it at rest, compare, report.
+
+Everything that runs is what a user would run: `coordinator run` with a broker, and one `edge-agent run` per device. This
+program only writes their configuration, starts and ends them, looks at the store, and once cuts a device's power.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from coordinator.demonstration.data import DataError, deal, load_dataset
+from coordinator.demonstration.errors import DemoError
+from coordinator.demonstration.fleet import (
+    CUTS,
+    DemoDevice,
+    cache_folder,
+    free_port,
+    make_devices,
+    prepare_backbones,
+    write_agent_config,
+    write_coordinator_config,
+)
+from coordinator.demonstration.measurement import measure
+from coordinator.demonstration.options import Options, parse_options
+from coordinator.demonstration.report import Report, print_report
+from coordinator.demonstration.running import RunningFleet
+from coordinator.demonstration.view import View
+from coordinator.local_broker import find_mosquitto
+from coordinator.outbox import ensure_signing_key
+from coordinator.settings import ConfigError, CoordinatorSettings, load_settings
+from coordinator.store.engine import open_store
+from coordinator.store.registry import register_backbone
+from coordinator.store.schema import upgrade
+
+PRODUCING = 0.5  # share of --seconds that the slowest device is given for its data
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The `coordinator demo` program; returns its exit code."""
+    options = parse_options(arguments)
+    console = Console(highlight=False)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        report, complete = demonstrate(options, console)
+    except (DemoError, DataError, ConfigError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("demo: interrupted before there was anything to show", file=sys.stderr)
+        return 130
+    print_report(report, console)
+    if options.json is not None:
+        options.json.write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
+        console.print(f"figures written to {options.json}")
+    if not complete:
+        return 130
+    return 0 if report.fleet.ledger_balanced else 1
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def demonstrate(options: Options, console: Console) -> tuple[Report, bool]:
+    """Run it all; the report, and whether it ran to its end."""
+    dataset = load_dataset(options.data)
+    shares = deal(dataset, options.partition, options.devices, options.seed)
+    if options.broker == "mosquitto":
+        find_mosquitto()
+    console.print(f"{dataset.name}: {len(dataset.train):,} rows to learn from, {len(dataset.test):,} to be measured on, {len(dataset.labels)} classes")
+    backbones = prepare_backbones(min(len(CUTS), options.devices), cache_folder(), console.print)
+    with _state_folder(options.state) as folder:
+        devices = make_devices(shares, backbones, folder / "devices", producing_seconds=PRODUCING * options.seconds, seed=options.seed)
+        config = folder / "coordinator.toml"
+        write_coordinator_config(
+            config, dataset, data=folder / "coordinator", port=free_port(), seconds=options.seconds, seed=options.seed,
+            train_samples=sum(len(share.train) for share in shares),
+        )  # fmt: skip
+        settings = load_settings(config)
+        _prepare_coordinator(settings, devices)
+        store = open_store(settings.database_url, read_only=True)
+        try:
+            with View(devices, console, options.seconds) as view:
+                fleet = RunningFleet(options, settings, config, devices, store=store, view=view)
+                complete = fleet.run()
+                report, complete = measure(fleet, complete=complete)
+        finally:
+            store.close()
+    return report, complete
+
+
+def _prepare_coordinator(settings: CoordinatorSettings, devices: Sequence[DemoDevice]) -> None:
+    """What an operator does once: the database, the known backbones, and a key for every device to check checkpoints by."""
+    upgrade(settings.database_url)
+    store = open_store(settings.database_url)
+    try:
+        with store.write() as session:
+            for manifest in {device.backbone.manifest.fingerprint: device.backbone.manifest for device in devices}.values():
+                register_backbone(session, manifest)
+    finally:
+        store.close()
+    ensure_signing_key(settings)
+    for device in devices:
+        write_agent_config(device, port=settings.broker.port, public_key_file=settings.public_key_file)
+
+
+@contextmanager
+def _state_folder(keep_in: Path | None) -> Iterator[Path]:
+    """A new folder; a temporary one goes when all went well, and stays with its logs when not."""
+    if keep_in is not None:
+        folder = keep_in.absolute() / f"run-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
+        folder.mkdir(parents=True)
+        yield folder
+        return
+    folder = Path(tempfile.mkdtemp(prefix="mobillm-demo-"))
+    try:
+        yield folder
+    except KeyboardInterrupt:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    except Exception:
+        print(f"demo: databases and logs are kept in {folder}", file=sys.stderr)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,109 @@
+"""The closing figures: gathered once, printed as a table, written as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from coordinator.demonstration.view import percent, size_words
+
+
+@dataclass(frozen=True)
+class DeviceReport:
+    """One device. None: not measured in this run."""
+
+    device: str
+    backbone: str
+    layers: int
+    weights: str
+    samples_produced: int
+    samples_stored: int
+    bytes_sent: int
+    accuracy: float | None  # by the coordinator, on this device's held-out samples, with the checkpoint that the device uses
+    on_device_accuracy: float | None  # by the device itself, with the checkpoint that it received
+    peak_rss_mb: float | None
+    start_up_seconds: float | None  # from starting the program to its first connection
+    checkpoint: int | None
+
+
+@dataclass(frozen=True)
+class FleetReport:
+    """The whole fleet."""
+
+    accuracy: float | None
+    worst_device_accuracy: float | None
+    samples_stored: int
+    frames_stored: int
+    frames_rejected: int
+    duplicates: int
+    bytes_per_sample: float
+    checkpoints_published: int
+    ledger_balanced: bool
+    seconds: float
+    centralised_accuracy: float | None
+    per_device_accuracy: float | None
+    gateway_frames_per_second: float | None
+    training_samples_per_second: float | None
+    peak_rss_mb: float | None
+    start_up_seconds: float | None  # from starting everything to the first stored sample
+
+
+@dataclass(frozen=True)
+class Report:
+    fleet: FleetReport
+    devices: Sequence[DeviceReport]
+
+    def as_json(self) -> Mapping[str, object]:
+        return {"fleet": asdict(self.fleet), "devices": [asdict(device) for device in self.devices]}
+
+
+def print_report(report: Report, console: Console) -> None:
+    table = Table(title="What each device did", title_justify="left")
+    for name in ("device", "backbone"):
+        table.add_column(name)
+    for name in ("produced", "stored", "sent", "accuracy", "on the device", "peak memory", "start-up"):
+        table.add_column(name, justify="right")
+    for one in report.devices:
+        table.add_row(
+            one.device,
+            f"{one.layers} layers {one.weights}",
+            f"{one.samples_produced:,}",
+            f"{one.samples_stored:,}",
+            size_words(one.bytes_sent),
+            percent(one.accuracy),
+            percent(one.on_device_accuracy),
+            "" if one.peak_rss_mb is None else f"{one.peak_rss_mb:.0f} MB",
+            "" if one.start_up_seconds is None else f"{one.start_up_seconds:.1f} s",
+        )
+    console.print(table)
+    fleet = report.fleet
+    figures = Table(title="The fleet", title_justify="left", show_header=False)
+    figures.add_column()
+    figures.add_column(justify="right")
+    rows: list[tuple[str, str]] = [
+        ("accuracy of the one shared side network", percent(fleet.accuracy)),
+        ("its accuracy on the worst device", percent(fleet.worst_device_accuracy)),
+        ("trained centrally, same taps in full precision", percent(fleet.centralised_accuracy)),
+        ("one network per device instead (mean)", percent(fleet.per_device_accuracy)),
+        ("samples stored", f"{fleet.samples_stored:,}"),
+        ("frames stored, rejected, duplicates", f"{fleet.frames_stored:,}, {fleet.frames_rejected}, {fleet.duplicates}"),
+        ("loss ledger", "balanced" if fleet.ledger_balanced else "DOES NOT BALANCE"),
+        ("bytes a sample", f"{fleet.bytes_per_sample:.0f}"),
+        ("checkpoints published", str(fleet.checkpoints_published)),
+        ("frames a second that the gateway can store", _number(fleet.gateway_frames_per_second)),
+        ("samples a second that the trainer took", _number(fleet.training_samples_per_second)),
+        ("largest agent", "" if fleet.peak_rss_mb is None else f"{fleet.peak_rss_mb:.0f} MB"),
+        ("start to first stored sample", "" if fleet.start_up_seconds is None else f"{fleet.start_up_seconds:.1f} s"),
+        ("start to last checkpoint received", f"{fleet.seconds:.0f} s"),
+    ]
+    for name, value in rows:
+        if value:
+            figures.add_row(name, value)
+    console.print(figures)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"
