@@ -122,7 +122,7 @@ class TapPlan:
     of a backbone stands for each block.
     """
 
-    version: int  # grows; a device takes a plan only if its version is not lower than the one in use
+    version: int  # grows within one database; frames name the plan that they were made under
     labels: tuple[str, ...]  # class names; a sample's label travels as an index into them
     blocks: int
     mode: Mode = "pooled"

@@ -48,7 +48,6 @@ def test_the_devices_own_plan_goes_before_the_fleets(plans):
         (b"\x80", "'labels' is missing"),
         (plan(version=9, mode="sequence", rank=200).to_bytes(), "rank"),
         (plan(version=9, max_tokens=4000).to_bytes(), "max_tokens"),
-        (plan(version=4).to_bytes(), "older than plan 5"),
     ],
 )
 def test_a_wrong_plan_is_told_and_the_one_before_it_stays(plans, payload, words):
@@ -59,6 +58,13 @@ def test_a_wrong_plan_is_told_and_the_one_before_it_stays(plans, payload, words)
     assert settle(plans, FLEET, plan(version=10).to_bytes())
     assert plans.error == ""
     assert plans.current.version == 10
+
+
+def test_a_coordinator_that_counts_its_plans_anew_is_obeyed(plans):
+    """A database that was wiped starts at version 1 again; its devices must not be deaf to it."""
+    settle(plans, FLEET, plan(version=5).to_bytes())
+    assert settle(plans, FLEET, plan(version=1, codec="int8").to_bytes())
+    assert plans.current == plan(version=1, codec="int8")
 
 
 def test_the_plans_outlive_a_restart(plans, spool, minilm):
