@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import TypeVar
 
@@ -22,6 +22,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
+from coordinator.counters import Counters, Reports
 from coordinator.ingest import Registry, decode_payload, device_of, refusal, shorten
 from coordinator.intake import Arrived, Intake
 from coordinator.outbox import Outbox, ensure_signing_key
@@ -60,26 +61,6 @@ HUNG_SECONDS = 90.0  # the network thread goes round twice a second
 
 class GatewayError(RuntimeError):
     """The gateway cannot go on; the text says which part of it failed and why."""
-
-
-@dataclass
-class Counters:
-    """What came in since the gateway started."""
-
-    frames: int = 0
-    samples: int = 0
-    payload_bytes: int = 0
-    parts: int = 0
-    duplicates: int = 0
-    rejected: int = 0
-    health: int = 0
-    unattributable: int = 0  # on topics that are no device's; nothing can be kept of them
-
-    def since(self, earlier: Counters) -> Counters:
-        return Counters(*(getattr(self, item.name) - getattr(earlier, item.name) for item in fields(self)))
-
-    def copy(self) -> Counters:
-        return self.since(Counters())
 
 
 @dataclass(frozen=True)
@@ -329,7 +310,7 @@ class Gateway:
         thread = threading.Thread(target=self._run_writer, name="writer", daemon=True)
         thread.start()
         self.connection.start()
-        reports = _Reports(self._settings.gateway.report_seconds, self.writer.counters, self._intake)
+        reports = Reports(self._settings.gateway.report_seconds, self.writer.counters, self._intake)
         chores = _Chores(self._settings, self._store, self._outbox, self._now)
         try:
             while not stop.wait(self._settings.publishing.poll_seconds):
@@ -412,44 +393,6 @@ class _Chores:
             if not step.more:
                 break
         self._store.checkpoint_log()
-
-
-class _Reports:
-    """One line of counters a minute, while anything happens."""
-
-    def __init__(self, every_seconds: float, counters: Counters, intake: Intake) -> None:
-        self._every_seconds = every_seconds
-        self._counters = counters
-        self._intake = intake
-        self._last = counters.copy()
-        self.started_at = self._last_at = time.monotonic()
-
-    def log_due(self) -> None:
-        seconds = time.monotonic() - self._last_at
-        if seconds >= self._every_seconds:
-            self.log(f"last {seconds:.0f} s", self._last, seconds)
-            self._last, self._last_at = self._counters.copy(), time.monotonic()
-
-    def log(self, when: str, since: Counters, seconds: float) -> None:
-        new = self._counters.since(since)
-        if new == Counters():
-            return
-        logger.info(
-            "%s: %d frames (%.1f/s), %d samples (%.1f/s), %d bytes (%.0f/s), %d duplicates, %d rejected, %d parts, %d reports, %d waiting, %d dropped for want of room",
-            when,
-            new.frames,
-            new.frames / max(seconds, 1e-9),
-            new.samples,
-            new.samples / max(seconds, 1e-9),
-            new.payload_bytes,
-            new.payload_bytes / max(seconds, 1e-9),
-            new.duplicates,
-            new.rejected,
-            new.parts,
-            new.health,
-            len(self._intake),
-            self._intake.dropped,
-        )
 
 
 def run(settings: CoordinatorSettings, stop: threading.Event) -> None:

@@ -102,6 +102,11 @@ class _Running:
             except ProcessLookupError:
                 return
 
+    def reap(self) -> None:
+        """Wait for the end of a process that has been told to end."""
+        if self._process is not None:
+            self._process.wait()
+
     @property
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
@@ -136,6 +141,7 @@ def _end(running: Sequence[_Running], say: Callable[[str], None]) -> None:
         if one.alive:
             say(f"{one.program.name}: did not end within {END_SECONDS:g} s, killing it")
             one.signal(signal.SIGKILL)
+        one.reap()
 
 
 def _exit_words(code: int) -> str:
