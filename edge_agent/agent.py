@@ -368,7 +368,7 @@ class Agent:
             at=self._now(),
             agent_version=_agent_version(),
             started_at=self._started_at,
-            reason=(reason or self._waiting_for or self.publisher.error)[:1000],
+            reason=(reason or self._waiting_for or self.publisher.error or self.spool.moved_aside)[:1000],
             backbone=self._backbone.manifest.info(),
             plan_version=plan.version if plan else 0,
             plan_error=self.plans.error,
