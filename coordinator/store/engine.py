@@ -27,6 +27,7 @@ SCHEMA_REVISION = "0001"
 CURE = "run `coordinator database upgrade`"
 
 _BUSY_TIMEOUT_SECONDS = 30.0
+_BUSY_TIMEOUT = f"PRAGMA busy_timeout = {int(_BUSY_TIMEOUT_SECONDS * 1000)}"
 _WAL_LIMIT_BYTES = 64 * 1024 * 1024
 # Any constant will do; it only has to be the same for every coordinator.
 _POSTGRESQL_WRITER_LOCK = 0x6D6F6269_6C6C6D
@@ -77,13 +78,16 @@ class Store:
         if self._writer is None or self.url.get_backend_name() != "sqlite":
             return 0
         connection = self._writer.raw_connection()
+        cursor = connection.cursor()
         try:
-            cursor = connection.cursor()
+            # A reader may stay for long; take what can be had now instead of holding up the gateway.
+            cursor.execute("PRAGMA busy_timeout = 0")
             busy, pages, moved = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             (page_bytes,) = cursor.execute("PRAGMA page_size").fetchone()
         except sqlite3.OperationalError as error:
             raise StoreUnavailable(_describe(self.url, error)) from error
         finally:
+            cursor.execute(_BUSY_TIMEOUT)
             connection.close()
         return int(pages * page_bytes) if busy else int((pages - moved) * page_bytes)
 
@@ -187,7 +191,7 @@ def _set_pragmas(connection: sqlite3.Connection) -> None:
     # The driver must not open transactions of its own; `begin` does.
     connection.isolation_level = None
     # Wait for another process's commit instead of failing at once.
-    connection.execute(f"PRAGMA busy_timeout = {int(_BUSY_TIMEOUT_SECONDS * 1000)}")
+    connection.execute(_BUSY_TIMEOUT)
     # SQLite checks references only where asked to.
     connection.execute("PRAGMA foreign_keys = ON")
 

@@ -64,5 +64,5 @@ def test_the_same_plan_again_changes_nothing_another_one_needs_a_new_version(sto
         insert_plan(session, PLAN)
         insert_plan(session, PLAN)
     for other, device in ((replace(PLAN, codec="int2"), None), (PLAN, "kitchen")):
-        with pytest.raises(StoreError, match="version 1 is not above 1.*use 2"), store.write() as session:
+        with pytest.raises(StoreError, match=r"version 1 is not above 1.*use 2"), store.write() as session:
             insert_plan(session, other, device)

@@ -111,14 +111,14 @@ def test_much_is_dropped_in_steps(store: Store, monkeypatch):
     assert [step.frames for step in steps] == [4, 4, 2]
 
 
-def test_disk_space_comes_back(store: Store, tmp_path: Path):
-    fill(store, frames=60, width=8000)
-    store.checkpoint_log()
+def test_disk_space_comes_back(sqlite_store: Store, tmp_path: Path):
+    fill(sqlite_store, frames=60, width=8000)
+    sqlite_store.checkpoint_log()
     size = (tmp_path / "store.db").stat().st_size
-    retain(store, max_age=timedelta(0), now=after(10_000))
-    store.checkpoint_log()
+    retain(sqlite_store, max_age=timedelta(0), now=after(10_000))
+    sqlite_store.checkpoint_log()
     assert (tmp_path / "store.db").stat().st_size < size / 2
-    with store.read() as session:
+    with sqlite_store.read() as session:
         assert session.scalar(text("PRAGMA integrity_check")) == "ok"
 
 
