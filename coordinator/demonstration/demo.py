@@ -7,6 +7,7 @@ program only writes their configuration, starts and ends them, looks at the stor
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import signal
 import sys
@@ -80,6 +81,8 @@ def demonstrate(options: Options, console: Console) -> tuple[Report, bool]:
     console.print(f"{dataset.name}: {len(dataset.train):,} rows to learn from, {len(dataset.test):,} to be measured on, {len(dataset.labels)} classes")
     backbones = prepare_backbones(min(len(CUTS), options.devices), cache_folder(), console.print)
     with _state_folder(options.state) as folder:
+        # What this process's own connections say goes beside the children's logs, never into the picture.
+        logging.basicConfig(filename=folder / "demo.log", level=logging.INFO, force=True)
         devices = make_devices(shares, backbones, folder / "devices", producing_seconds=PRODUCING * options.seconds, seed=options.seed)
         config = folder / "coordinator.toml"
         write_coordinator_config(

@@ -24,8 +24,10 @@ class Child:
         self.log = log
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
+        self._asked_to_end = False
 
     def start(self) -> None:
+        self._asked_to_end = False
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -58,7 +60,9 @@ class Child:
         self._process = None
 
     def request_end(self) -> None:
-        if self.running:
+        """Once: to most programs a second request means at once."""
+        if self.running and not self._asked_to_end:
+            self._asked_to_end = True
             self._signal(signal.SIGTERM)
 
     def end(self, timeout_seconds: float = 20.0) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -61,26 +62,26 @@ class Report:
 
 
 def print_report(report: Report, console: Console) -> None:
-    table = Table(title="What each device did", title_justify="left")
-    for name in ("device", "backbone"):
-        table.add_column(name)
-    for name in ("produced", "stored", "sent", "accuracy", "on the device", "peak memory", "start-up"):
-        table.add_column(name, justify="right")
+    """Two tables, at most 80 columns wide."""
+    table = Table(title="The devices", title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in ("device", "MiniLM"):
+        table.add_column(name, no_wrap=True)
+    for name in ("produced", "stored", "sent", "accuracy", "on device", "memory"):
+        table.add_column(name, justify="right", no_wrap=True)
     for one in report.devices:
         table.add_row(
             one.device,
-            f"{one.layers} layers {one.weights}",
+            f"{one.layers} x {one.weights}",
             f"{one.samples_produced:,}",
             f"{one.samples_stored:,}",
             size_words(one.bytes_sent),
             percent(one.accuracy),
             percent(one.on_device_accuracy),
             "" if one.peak_rss_mb is None else f"{one.peak_rss_mb:.0f} MB",
-            "" if one.start_up_seconds is None else f"{one.start_up_seconds:.1f} s",
         )
     console.print(table)
     fleet = report.fleet
-    figures = Table(title="The fleet", title_justify="left", show_header=False)
+    figures = Table(title="The fleet", title_justify="left", show_header=False, box=SIMPLE_HEAD, pad_edge=False)
     figures.add_column()
     figures.add_column(justify="right")
     rows: list[tuple[str, str]] = [
@@ -96,7 +97,8 @@ def print_report(report: Report, console: Console) -> None:
         ("frames a second that the gateway can store", _number(fleet.gateway_frames_per_second)),
         ("samples a second that the trainer took", _number(fleet.training_samples_per_second)),
         ("largest agent", "" if fleet.peak_rss_mb is None else f"{fleet.peak_rss_mb:.0f} MB"),
-        ("start to first stored sample", "" if fleet.start_up_seconds is None else f"{fleet.start_up_seconds:.1f} s"),
+        ("slowest start of an agent", _seconds(max((s for one in report.devices if (s := one.start_up_seconds)), default=None))),
+        ("start to first stored sample", _seconds(fleet.start_up_seconds)),
         ("start to last checkpoint received", f"{fleet.seconds:.0f} s"),
     ]
     for name, value in rows:
@@ -107,3 +109,7 @@ def print_report(report: Report, console: Console) -> None:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:,.0f}"
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f} s"

@@ -31,6 +31,7 @@ POWER_CUT_LASTS = 0.07
 
 LOOK_SECONDS = 0.5
 STARTING_SECONDS = 120.0
+CONNECTING_SECONDS = 10.0
 DRAINING_SECONDS = 60.0
 DELIVERING_SECONDS = 30.0
 GOODBYE_SECONDS = 8.0
@@ -215,7 +216,10 @@ class RunningFleet:
     def _pause_all(self) -> None:
         connection = BrokerConnection(self.settings.broker, "demonstration")
         connection.start()
+        deadline = time.monotonic() + CONNECTING_SECONDS
         try:
+            while not connection.connected and time.monotonic() < deadline:
+                time.sleep(0.05)
             for device in self.devices:
                 command = Command(f"pause-{device.name}", "pause", time.time() + 600)
                 if not connection.publish(topics.command(device.name), command.to_bytes()).wait(10):

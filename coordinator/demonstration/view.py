@@ -47,7 +47,7 @@ class View:
 
     def say(self, line: str) -> None:
         """One line that stays."""
-        self._console.print(Text(f"{self._clock()}  {line}"))
+        self._console.print(Text(f"{self._clock()}  {line}"), soft_wrap=True)
 
     def show(self, seen: Observation | None) -> None:
         """Renew the picture."""
