@@ -68,6 +68,7 @@ class Learner:
     def add_backbone(self, fingerprint: str, width_in: int, *, step: int) -> None:
         """Give a new backbone type its alignment; later steps train it with everything else."""
         alignment = Alignment(width_in, self.config.side_width, self.config.blocks)
+        alignment.input_dropout = self.settings.input_dropout
         digest = hashlib.sha256(f"{self.settings.seed}/{fingerprint}".encode()).digest()
         alignment.reset_projection(torch.Generator().manual_seed(int.from_bytes(digest[:7], "little")))
         alignment.to(self.device)

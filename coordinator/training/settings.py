@@ -20,7 +20,8 @@ class TrainingSettings(BaseModel):
     side_width: int = Field(default=128, ge=8, le=4096)
     heads: int = Field(default=4, ge=1, le=64)  # `sequence` mode
     expansion: int = Field(default=2, ge=1, le=8)
-    dropout: float = Field(default=0.3, ge=0, lt=1)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    input_dropout: float = Field(default=0.5, ge=0, lt=1)  # of tapped channels, before they are projected
 
     # The step.
     batch_size: int = Field(default=128, ge=1)
@@ -35,8 +36,8 @@ class TrainingSettings(BaseModel):
     tau: float = Field(default=0.5, ge=0, le=1)
     class_tau: float = Field(default=0.5, ge=0, le=1)  # the same between the classes within one device
     min_samples: int = Field(default=256, ge=1)  # stored train samples before the first step
-    replay_ratio: float = Field(default=30.0, gt=0)  # samples drawn in all, per stored train sample
-    replay_cap: int = Field(default=120, ge=1)  # draws of any one sample
+    replay_ratio: float = Field(default=20.0, gt=0)  # samples drawn in all, per stored train sample
+    replay_cap: int = Field(default=100, ge=1)  # draws of any one sample
 
     # Rhythm.
     poll_seconds: float = Field(default=1.0, gt=0)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 LOW_RANK_ABOVE = 1024  # widths above this are projected through a bottleneck
 CLAMP = 10.0  # standard deviations; one stray channel must not carry a whole vector away
@@ -42,6 +43,7 @@ class Alignment(nn.Module):
     def __init__(self, width_in: int, side_width: int, blocks: int) -> None:
         super().__init__()
         self.config = AlignmentConfig(width_in, side_width, blocks)
+        self.input_dropout = 0.0  # of normalised channels, in training only; against over-fitting the wide projection
         # Statistics start as one imaginary row with mean 0 and variance 1, so a first single row is no division by zero.
         self.register_buffer("mean", torch.zeros(blocks, width_in))
         self.register_buffer("variance", torch.ones(blocks, width_in))
@@ -99,6 +101,7 @@ class Alignment(nn.Module):
         # The floor is relative, so that backbones with large and small activations are treated alike.
         spread = (self.variance + 1e-5 * self.variance.mean(-1, keepdim=True) + 1e-12).sqrt()
         x = ((x - self.mean.view(shape)) / spread.view(shape)).clamp(-CLAMP, CLAMP)
+        x = F.dropout(x, self.input_dropout, self.training)
         if self.narrow is not None:
             x = torch.einsum("nb...d,bdr->nb...r", x, self.narrow)
         x = torch.einsum("nb...r,brs->nb...s", x, self.project)

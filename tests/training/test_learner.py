@@ -62,7 +62,7 @@ def test_a_step_leaves_the_global_generator_alone() -> None:
 
 
 def test_loss_and_first_update_match_plain_adamw() -> None:
-    settings = SETTINGS.model_copy(update={"dropout": 0.0, "warmup_steps": 0, "gradient_clip": 1e9, "label_smoothing": 0.0})
+    settings = SETTINGS.model_copy(update={"dropout": 0.0, "input_dropout": 0.0, "warmup_steps": 0, "gradient_clip": 1e9, "label_smoothing": 0.0})
     learner = make(settings)
     learner.add_backbone("aa", 5, step=0)
     batch = rows("aa", 5, 8, 0)
@@ -113,7 +113,7 @@ def test_alignments_start_alike_for_the_same_backbone_and_unlike_for_others() ->
 
 def test_sequences_of_unlike_length_mix_in_one_batch() -> None:
     """Padding one group to the other's length must not change the loss."""
-    settings = SETTINGS.model_copy(update={"dropout": 0.0})
+    settings = SETTINGS.model_copy(update={"dropout": 0.0, "input_dropout": 0.0})
     short, long = rows("aa", 5, 4, 0, tokens=3), rows("bb", 7, 4, 1, tokens=9)
     mixed = make(settings, "sequence")
     mixed.add_backbone("aa", 5, step=0)
