@@ -90,7 +90,7 @@ def demonstrate(options: Options, console: Console) -> tuple[Report, bool]:
             train_samples=sum(len(share.train) for share in shares),
         )  # fmt: skip
         settings = load_settings(config)
-        _prepare_coordinator(settings, devices)
+        prepare_coordinator(settings, devices)
         store = open_store(settings.database_url, read_only=True)
         try:
             with View(devices, console, options.seconds) as view:
@@ -102,7 +102,7 @@ def demonstrate(options: Options, console: Console) -> tuple[Report, bool]:
     return report, complete
 
 
-def _prepare_coordinator(settings: CoordinatorSettings, devices: Sequence[DemoDevice]) -> None:
+def prepare_coordinator(settings: CoordinatorSettings, devices: Sequence[DemoDevice]) -> None:
     """What an operator does once: the database, the known backbones, and a key for every device to check checkpoints by."""
     upgrade(settings.database_url)
     store = open_store(settings.database_url)
