@@ -26,6 +26,7 @@ from edge_agent.checkpoint_store import CheckpointStore
 from edge_agent.checkpoints import CheckpointReceiver
 from edge_agent.forward import tap_samples
 from edge_agent.health import read_readings
+from edge_agent.memory import return_memory_early
 from edge_agent.open_frame import OpenFrame, TappedSample
 from edge_agent.publisher import Publisher
 from edge_agent.samples import Refusal, Sample, SampleSource, open_sources
@@ -54,6 +55,7 @@ def run(settings: AgentSettings, stop: threading.Event) -> int:
         BackboneError, SpoolError, SignatureError, BrokerFilesError: it cannot start; the text says the cure.
 
     """
+    return_memory_early()
     with ExitStack() as cleanup:
         key_file = settings.checkpoint.public_key_file
         public_key = load_public_key(key_file) if key_file else None

@@ -57,7 +57,10 @@ class Alignment(nn.Module):
             self.project = nn.Parameter(torch.empty(blocks, bottleneck, side_width))
         self.bias = nn.Parameter(torch.zeros(blocks, side_width))
         off_diagonal = math.log(DIAGONAL_AT_START / (1 - DIAGONAL_AT_START) * max(1, blocks - 1))
-        self.layer_logits = nn.Parameter(torch.eye(blocks) * off_diagonal)
+        self.layer_logits = nn.Parameter(torch.empty(blocks, blocks))
+        if not self.layer_logits.is_meta:  # arithmetic on meta tensors makes torch load 70 MB of Python operators
+            with torch.no_grad():
+                self.layer_logits.copy_(torch.eye(blocks) * off_diagonal)
         self.reset_projection(torch.Generator().manual_seed(0))
 
     def reset_projection(self, generator: torch.Generator) -> None:
