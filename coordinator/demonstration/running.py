@@ -58,6 +58,7 @@ class RunningFleet:
         self._agents = {device.name: device.agent() for device in devices}
         self._began = time.monotonic()
         self._began_at = time.time()
+        self._arriving_since = self._began  # the clock of --seconds starts with the first sample
         # The power of one device is cut: which, and when it is to come back.
         self._victim = devices[min(1, len(devices) - 1)]
         self._victim_returns_at: float | None = None
@@ -96,11 +97,12 @@ class RunningFleet:
                 f"no sample arrived within {STARTING_SECONDS:.0f} s. The coordinator last said:\n{self._coordinator.last_words()}\n"
                 f"{self._victim.name} last said:\n{self._agents[self._victim.name].last_words()}"
             )
-        self.first_sample_seconds = time.monotonic() - self._began
+        self._arriving_since = time.monotonic()
+        self.first_sample_seconds = self._arriving_since - self._began
 
     def _produce(self) -> None:
         self.view.phase("devices run their samples forward, once each; the trainer learns as they arrive")
-        ended = self._watch(self._all_produced, self._began + PRODUCING_ENDS * self.options.seconds)
+        ended = self._watch(self._all_produced, self._arriving_since + PRODUCING_ENDS * self.options.seconds)
         if self._victim_returns_at is not None:  # so short a run that it is still away
             self._bring_back()
         if not ended:
@@ -115,7 +117,7 @@ class RunningFleet:
     def _train(self) -> None:
         self.view.phase("the trainer uses what it has not used enough")
         self._trainer_state = (0, 0, time.monotonic())
-        if not self._watch(self._trained, self._began + self.options.seconds):
+        if not self._watch(self._trained, self._arriving_since + self.options.seconds):
             self.view.say("time is over: the newest checkpoint counts (more --seconds give it more training)")
 
     def _deliver(self) -> None:

@@ -53,13 +53,13 @@ def demo(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
 def test_a_fleet_learns_and_every_device_measures_what_the_coordinator_measured(tmp_path, small_data, broker):
     out = tmp_path / "out.json"
     compare = [] if broker == "embedded" else ["--no-compare"]
-    process = demo(tmp_path, "--data", str(small_data), "--devices", "3", "--seconds", "45", "--broker", broker, "--json", str(out), *compare)
+    process = demo(tmp_path, "--data", str(small_data), "--devices", "3", "--seconds", "60", "--broker", broker, "--json", str(out), *compare)
     said, complaints = process.communicate(timeout=500)
     assert process.returncode == 0, said + complaints
     report = json.loads(out.read_text())
     fleet, devices = report["fleet"], report["devices"]
 
-    assert FLEET_FIGURES <= set(fleet)
+    assert set(fleet) >= FLEET_FIGURES
     assert fleet["ledger_balanced"] is True
     assert (fleet["samples_stored"], fleet["frames_rejected"]) == (1400, 0)
     assert 300 < fleet["bytes_per_sample"] < 700
@@ -73,7 +73,7 @@ def test_a_fleet_learns_and_every_device_measures_what_the_coordinator_measured(
 
     assert [(device["layers"], device["weights"]) for device in devices] == [(6, "int8"), (4, "int8"), (3, "int4")]
     for device in devices:
-        assert DEVICE_FIGURES <= set(device)
+        assert set(device) >= DEVICE_FIGURES
         assert device["samples_produced"] == device["samples_stored"] > 0
         assert abs(device["on_device_accuracy"] - device["accuracy"]) <= 0.005
         assert device["bytes_sent"] > 100_000

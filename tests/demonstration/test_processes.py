@@ -72,17 +72,11 @@ def test_a_child_that_dies_by_itself_is_told_with_its_last_words(tmp_path):
     one = child(tmp_path, "print('the disk is on fire'); raise SystemExit(3)")
     one.start()
 
-    def dies() -> bool:
-        try:
-            one.check()
-        except DemoError as error:
-            assert "exit code 3" in str(error)
-            assert "the disk is on fire" in str(error)
-            assert str(one.log) in str(error)
-            return True
-        return False
-
-    wait_until(dies, 20, "its death is noticed")
+    wait_until(lambda: not one.running, 20, "it has ended")
+    with pytest.raises(DemoError) as told:
+        one.check()
+    for words in ("exit code 3", "the disk is on fire", str(one.log)):
+        assert words in str(told.value)
 
 
 def test_children_end_with_their_parent(tmp_path):
