@@ -12,12 +12,15 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from coordinator.demonstration.fleet import DemoDevice, Say
 from coordinator.demonstration.processes import run_program
-from coordinator.training.reference import Activations, train_centrally, train_per_device
 from coordinator.training.settings import TrainingSettings
 from side_tuning.wire.messages import TapPlan
+
+if TYPE_CHECKING:
+    from coordinator.training.reference import Activations
 
 EXPORT_SECONDS = 3_600.0
 
@@ -55,6 +58,8 @@ def compare(
         file.unlink()
     import torch
 
+    from coordinator.training.reference import train_centrally, train_per_device
+
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
     classes = len(plan.labels)
     say("comparison: training one side network centrally")
@@ -75,6 +80,8 @@ def _export(device: DemoDevice, samples: int, plan_file: Path, folder: Path) -> 
 def _read(device: DemoDevice, file: Path, plan: TapPlan) -> dict[str, Activations]:
     import numpy as np
     from safetensors.numpy import load_file
+
+    from coordinator.training.reference import Activations
 
     tensors = load_file(file)
     layers = plan.layers(device.backbone.manifest.layers)
