@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import signal
@@ -334,6 +335,22 @@ def _describe_backbone(manifest: Any) -> str:
     return f"{manifest.family}, {manifest.layers} of {manifest.layers_total} layers, width {manifest.width}, {manifest.weights}"
 
 
+def _file_trouble(error: OSError) -> str:
+    """What a person can do about a file that cannot be read or written; empty for other failures of the system."""
+    cures = {
+        errno.ENOSPC: "free some space on the disk of data_directory",
+        errno.EDQUOT: "free some space within this user's quota",
+        errno.EROFS: "mount the disk for writing",
+        errno.EACCES: "make it accessible to this user",
+        errno.EPERM: "make it accessible to this user",
+        errno.ENOENT: "correct the path, or make the folder",
+        errno.ENOTDIR: "correct the path: a file stands where a folder should be",
+    }
+    if error.errno not in cures:
+        return ""
+    return f"{error.filename or 'a file of data_directory'}: {error.strerror}; {cures[error.errno]}"
+
+
 def main() -> None:
     """Run; what a person can put right is said in a line, with exit code 78 if it is the configuration."""
     try:
@@ -345,10 +362,11 @@ def main() -> None:
         from coordinator.store.errors import StoreError, StoreUnavailable
 
         configuration = isinstance(error, ConfigError) or (isinstance(error, StoreError) and not isinstance(error, StoreUnavailable))
-        expected = configuration or isinstance(error, ValueError | StoreUnavailable | RuntimeError)
+        files = _file_trouble(error) if isinstance(error, OSError) else ""
+        expected = configuration or files or isinstance(error, ValueError | StoreUnavailable | RuntimeError)
         if not expected or isinstance(error, ValidationError):
             logging.getLogger(__name__).exception("unexpected failure")
-        print(f"coordinator: {error}", file=sys.stderr)
+        print(f"coordinator: {files or error}", file=sys.stderr)
         sys.exit(EXIT_CONFIG if configuration else EXIT_CRASH)
 
 

@@ -18,7 +18,7 @@ def device_lines(store: Store) -> list[str]:
     if not devices:
         return ["no device has been heard of yet"]
     width = max(len(one.device) for one in devices)
-    return [_line(one, width) for one in devices]
+    return [line for one in devices for line in (_line(one, width), *(f"{'':<{width}}  ! {words}" for words in _troubles(one)))]
 
 
 def device_records(store: Store) -> list[dict[str, Any]]:
@@ -42,6 +42,25 @@ def _line(one: DeviceOverview, width: int) -> str:
         f"backbone {(one.backbone or 'unknown')[:8]}, {one.rate_5m:.2f} samples/s, {one.stored_samples} samples in "
         f"{one.stored_frames} frames, {one.rejected_frames} rejected, {one.duplicate_frames} duplicates; {books}{accuracy}"
     )
+
+
+def _troubles(one: DeviceOverview) -> list[str]:
+    """What needs a person, with where to look: the device's own words, and what was refused there or rejected here."""
+    found = []
+    if one.rejected_frames:
+        found.append(f"{one.rejected_frames} frames rejected: `coordinator rejections list --device {one.device}` says why")
+    health = one.health
+    if health is None:
+        return found
+    if not one.ledger.balanced and health.spool is not None and health.spool.receipted > one.stored_samples + one.duplicate_samples + one.ledger.rejected:
+        found.append(f"it has receipts for {health.spool.receipted} samples: if this database is a new or older one, the rest was in the one before")
+    found += [words for words in (health.plan_error, health.checkpoint_error and f"checkpoint refused: {health.checkpoint_error}") if words]
+    if health.presence == "online" and health.reason:
+        found.append(f"it says: {health.reason}")
+    if health.spool is not None and health.spool.refused:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(health.spool.refused.items()))
+        found.append(f"refused on the device, its log names the rows: {reasons}")
+    return found
 
 
 def _plain(value: Any) -> Any:

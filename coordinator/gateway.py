@@ -37,6 +37,7 @@ from coordinator.store.registry import backbones, plans
 from coordinator.store.rejections import insert_rejection
 from coordinator.store.retention import apply_retention
 from side_tuning.broker_connection import BrokerConnection, Connected, Message
+from side_tuning.repeats import Repeats
 from side_tuning.wire import topics
 from side_tuning.wire.bounded import FrameError
 from side_tuning.wire.frame import Frame
@@ -101,6 +102,7 @@ class Writer:
         self._stop = stop
         self._registry = Registry()
         self.counters = Counters()
+        self._rejections = Repeats()
 
     def run(self) -> None:
         """Until the queue is closed and empty."""
@@ -179,6 +181,11 @@ class Writer:
             item.device, item.topic, item.payload, item.received_at, item.frame, shorten(reason), item.spool, item.sequence
         )
 
+    def _tell_rejection(self, device: str, reason: str) -> None:
+        count = self._rejections.count(f"{device}: {reason}")
+        level = logging.WARNING if count == 1 else logging.DEBUG
+        logger.log(level, "rejected a message of %s (kept; `coordinator rejections list` shows all of them): %s", device, reason)
+
     # Storing.
 
     def _commit(self, work: Sequence[ReceivedFrame | _Report]) -> list[FrameOutcome]:
@@ -216,9 +223,10 @@ class Writer:
         return None if reason is None else shorten(reason)
 
     def _set_aside(self, item: ReceivedFrame | _Report) -> FrameOutcome:
+        reason = "the store could not take it; see the gateway's log"
         with self._store.write() as session:
-            _reject(session, item, "the store could not take it; see the gateway's log")
-        return FrameOutcome("rejected")
+            _reject(session, item, reason)
+        return FrameOutcome("rejected", reason)
 
     def _until_stored(self, attempt: Callable[[], T]) -> T | None:
         """`attempt` again and again while the store is out of reach; says so once. None when told to stop."""
@@ -245,6 +253,12 @@ class Writer:
         counters = self.counters
         counters.health += sum(isinstance(item, _Report) for item in work)
         counters.payload_bytes += sum(len(item.payload) for item in work if isinstance(item, ReceivedFrame))
+        for item in work:
+            if isinstance(item, _Report) and item.reason:
+                self._tell_rejection(item.device, item.reason)
+        for item, outcome in zip((item for item in work if isinstance(item, ReceivedFrame)), outcomes, strict=False):
+            if outcome.outcome == "rejected":
+                self._tell_rejection(item.device, outcome.reason)
         for outcome in outcomes:
             counters.samples += outcome.samples
             counters.frames += outcome.outcome == "stored"
@@ -367,10 +381,12 @@ class _Chores:
         self._now = now
         self._retention_at = time.monotonic()
         self._trouble = 0
+        self._said_no_plan = False
 
     def run_due(self) -> None:
         try:
             follow_settings(self._settings, self._store)
+            self._say_if_no_plan()
             self._outbox.run_once()
             if time.monotonic() >= self._retention_at:
                 self._retention_at = time.monotonic() + self._settings.retention.every_seconds
@@ -381,6 +397,14 @@ class _Chores:
                 logger.error("plans and checkpoints wait: %s", error)
         else:
             self._trouble = 0
+
+    def _say_if_no_plan(self) -> None:
+        if self._said_no_plan:
+            return
+        self._said_no_plan = True
+        with self._store.read() as session:
+            if not backbones(session):
+                logger.warning("no backbone is registered, so no frame can be accepted: run `coordinator backbone register FOLDER`")
 
     def _apply_retention(self) -> None:
         wanted = self._settings.retention

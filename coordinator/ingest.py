@@ -81,7 +81,7 @@ def refusal(frame: Frame, registry: Registry) -> str | None:
         return f"backbone {frame.backbone} is not registered; run `coordinator backbone register FOLDER`"
     plan = registry.plans.get(frame.plan_version)
     if plan is None:
-        return f"tap plan {frame.plan_version} was never given out; the device follows another coordinator's plan"
+        return f"tap plan {frame.plan_version} was never given out by this database; put back the one that did, then `coordinator rejections retry`"
     if (frame.mode, frame.pooling) != (plan.mode, plan.pooling):
         return f"mode {frame.mode}/{frame.pooling}, tap plan {plan.version} says {plan.mode}/{plan.pooling}"
     layers = tuple(tap.layer for tap in frame.taps)

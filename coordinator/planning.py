@@ -103,6 +103,9 @@ def _insert_next(session: Session, plan: TapPlan, device: str | None) -> TapPlan
     version = max((row.version for row in plans(session)), default=0) + 1
     made = replace(plan, version=version)
     insert_plan(session, made, device)
+    for row in backbones(session).values():
+        if (reason := row.manifest.refusal(made)) is not None:
+            logger.warning("devices with backbone %s will refuse it and keep their plan: %s", row.manifest.fingerprint[:8], reason)
     return made
 
 

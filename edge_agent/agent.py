@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 IDLE_SECONDS = 0.2  # between two looks at sources that had nothing
 HUNG_SECONDS = 300.0  # a loop silent for longer counts as hung; one forward pass on a slow device takes far less
 SETTLE_SECONDS = 0.2
+SPOOL_FULL = "the spool is full"
 SESSION_SECONDS = 24 * 3600  # commands wait at the broker for this long
 
 
@@ -292,18 +293,20 @@ class Agent:
             logger.debug("sample refused (%s, %d so far): %s", reason, count, detail)
 
     def _wait_for_room(self) -> None:
-        self._say_waiting_for("the spool is full")
+        self._say_waiting_for(SPOOL_FULL)
         self.publisher.freed.wait(IDLE_SECONDS)
 
     def _say_waiting_for(self, reason: str) -> None:
         if reason != self._waiting_for:
+            if self._waiting_for == SPOOL_FULL:
+                logger.info("the spool has room again")
             self._waiting_for = reason
             self.report_soon()
 
     def _check_done(self) -> None:
         if not self.settings.run.exit_when_done or self._frame is not None or not all(s.exhausted for s in self._sources):
             return
-        if not self.spool.pending(0, 1):
+        if not self._done.is_set() and not self.spool.pending(0, 1):
             logger.info("every source is read and every frame is receipted")
             self._done.set()
 

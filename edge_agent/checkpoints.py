@@ -21,6 +21,7 @@ from edge_agent.inference import load_networks
 from edge_agent.taps import PlanError, check_plan
 from side_tuning.backbone_manifest import BackboneManifest
 from side_tuning.broker_connection import BrokerConnection, Message
+from side_tuning.repeats import Repeats
 from side_tuning.signatures import SignatureError, verify_manifest
 from side_tuning.wire import topics
 from side_tuning.wire.bounded import FrameError
@@ -64,6 +65,7 @@ class CheckpointReceiver:
         self.topic = topics.checkpoint(backbone.fingerprint)
         self.generation = store.generation()
         self.error = ""
+        self._repeats = Repeats()  # since the last checkpoint that came into use
         self.refused = 0
         self.ticked_at = clock()
 
@@ -126,7 +128,7 @@ class CheckpointReceiver:
         if manifest.fingerprint != self._backbone.fingerprint:
             raise CheckpointError(f"checkpoint {manifest.generation} on our topic is for backbone {manifest.fingerprint}")
         if manifest.generation < self.generation:
-            raise CheckpointError(f"checkpoint {manifest.generation} is older than {self.generation}, which stays in use")
+            raise CheckpointError(f"checkpoint {manifest.generation} is older than {self.generation}, which this device has")
         check_plan(manifest.plan, self._backbone)
         needed = 3 * (manifest.ladder.size + manifest.alignment.size)
         self._store.folder.mkdir(parents=True, exist_ok=True)
@@ -188,12 +190,13 @@ class CheckpointReceiver:
             return
         self._store.activate(staged, manifest.generation)
         self.generation, self.error = manifest.generation, ""
+        self._repeats = Repeats()
         logger.info("checkpoint %d is in use (step %d of run %s)", manifest.generation, manifest.step, manifest.run)
         self._on_change()
 
     def _refuse(self, words: str) -> None:
         self.refused += 1
-        if words != self.error:
+        if self._repeats.count(words) == 1:  # each new checkpoint meets the same full disk
             logger.error("%s; checkpoint %d stays in use", words, self.generation)
         self.error = words[:1000]
         self._on_change()

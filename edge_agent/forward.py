@@ -27,14 +27,14 @@ def tap_samples(backbone: Backbone, samples: Sequence[Sample], plan: TapPlan, re
         try:
             usable.append((sample, label_index(sample.label, plan.labels)))
         except RowError as error:
-            refuse(sample.id, error.reason, str(error))
+            refuse(sample.id, error.reason, _at(sample, str(error)))
     matrices: TapMatrices | None = None
     while usable and matrices is None:
         try:
             matrices = compute_taps(backbone, [sample.text for sample, _ in usable], plan)
         except TextError as error:
             refused, _ = usable.pop(error.index)
-            refuse(refused.id, "no text", error.reason)
+            refuse(refused.id, "no text", _at(refused, f"the text {error.reason}"))
     if matrices is None:
         return []
     tapped: list[TappedSample] = []
@@ -44,8 +44,12 @@ def tap_samples(backbone: Backbone, samples: Sequence[Sample], plan: TapPlan, re
         start, end = ends[place] - counts[place], ends[place]
         rows = {layer: values[start:end] for layer, values in matrices.values.items()}
         if not all(np.isfinite(values).all() for values in rows.values()):
-            refuse(sample.id, "not finite", "the backbone gave values that are not finite; prepare it with other weights")
+            refuse(sample.id, "not finite", _at(sample, "the backbone gave values that are not finite; prepare it with other weights"))
             continue
         info = SampleInfo(sample.id, label, sample.split, matrices.tokens[place])
         tapped.append(TappedSample(info, rows, matrices.maps))
     return tapped
+
+
+def _at(sample: Sample, words: str) -> str:
+    return f"{sample.where}: {words}" if sample.where else words

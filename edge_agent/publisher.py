@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from edge_agent.link import Link
 from edge_agent.spool import Spool
 from side_tuning.broker_connection import BrokerConnection, Connected, PayloadTooLarge, PublishHandle
+from side_tuning.repeats import Repeats
 from side_tuning.wire import topics
 from side_tuning.wire.bounded import FrameError
 from side_tuning.wire.messages import Receipt
@@ -73,6 +74,7 @@ class Publisher:
         self._finished: deque[PublishHandle] = deque()
         self.link = Link(connection.settings.keepalive_seconds)
         self._refusal = ""
+        self._rejections = Repeats()
         self._too_large = ""
         self._retry_set_aside = False
         self._set_aside: set[int] = set()  # frames too large for this broker; they stay in the spool
@@ -159,8 +161,13 @@ class Publisher:
         ahead = set(newest.stored_ahead)
         safe = [n for n in self._window if n <= newest.stored_through or n in ahead]
         for sequence in sorted(rejected.keys() & set(safe)):
-            logger.error("the coordinator rejected frame %d (it keeps it): %s", sequence, rejected[sequence])
+            self._note_rejection(sequence, rejected[sequence])
         self._forget(safe)
+
+    def _note_rejection(self, sequence: int, reason: str) -> None:
+        count = self._rejections.count(reason)
+        level = logging.ERROR if count == 1 else logging.DEBUG
+        logger.log(level, "the coordinator rejected frame %d and keeps it (%d for this reason so far): %s", sequence, count, reason)
 
     def _forget(self, safe: list[int]) -> None:
         if not safe:

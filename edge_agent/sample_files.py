@@ -41,6 +41,7 @@ class FileSource:
         self._items: Iterator[Item] | None = None
         self._file: IO[bytes] | None = None
         self._retry_at = 0.0
+        self._rows = 0
         self._told: set[str] = set()
 
     def describe(self) -> str:
@@ -56,9 +57,12 @@ class FileSource:
             return trouble
         taken, items_left = _take(self._items, self._pace.allow(limit))
         self._pace.spend(taken)
+        self._rows += len(taken)
         if items_left == "ended":
             self.close()
             self.exhausted = not self._settings.follow
+            if self.exhausted:
+                logger.info("%s is read to its end, %d new rows; set follow = true to take rows that are appended later", self._settings.path, self._rows)
             self._retry_at = self._monotonic() + RETRY_SECONDS
         elif items_left == "nothing yet":
             taken += self._check_still_there()

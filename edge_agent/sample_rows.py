@@ -25,6 +25,7 @@ class Sample:
     text: str | tuple[str, str]
     label: str | int | None
     split: Split
+    where: str = ""  # file:line or topic, for people
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class RowReader:
             return self.refusal(raw, error.reason, f"{where}: {error}", id_if_none=id_if_none)
         if not self._given.take(sample_id):
             return "skipped"
-        return Sample(sample_id, text, label, split or self._split_of(sample_id))
+        return Sample(sample_id, text, label, split or self._split_of(sample_id), where)
 
     def refusal(self, raw: str, reason: str, detail: str, *, id_if_none: str | None = None) -> Refusal | Skipped:
         """Refuse the row `raw`, unless that was done when the source was read before."""
@@ -182,7 +183,11 @@ def label_index(label: str | int | None, labels: tuple[str, ...]) -> int | None:
     digits = isinstance(label, int) or (label.isascii() and label.isdigit() and len(label) < 10)
     if digits and 0 <= int(label) < len(labels):
         return int(label)
-    raise RowError("unknown label", f"label {label!r:.80} is not among the plan's {len(labels)} labels ({', '.join(labels[:5])} …)")
+    raise RowError("unknown label", f"label {label!r:.80} is not among the plan's {len(labels)} labels ({_some(labels)}); correct it, or add the label to the coordinator's task.labels")
+
+
+def _some(labels: tuple[str, ...]) -> str:
+    return ", ".join(labels[:5]) + (" …" if len(labels) > 5 else "")
 
 
 def _hash(*parts: str) -> str:

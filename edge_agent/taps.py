@@ -32,16 +32,8 @@ class TapMatrices:
 
 def check_plan(plan: TapPlan, manifest: BackboneManifest) -> None:
     """Raise `PlanError` if `plan` cannot run on this backbone."""
-    if plan.max_tokens > manifest.max_tokens:
-        raise PlanError(
-            f"plan {plan.version} keeps {plan.max_tokens} tokens, but backbone {manifest.fingerprint} was prepared for "
-            f"{manifest.max_tokens}: lower the plan's max_tokens, or prepare the backbone with --max-tokens {plan.max_tokens}"
-        )
-    if plan.mode == "sequence" and plan.rank > manifest.map_rank:
-        raise PlanError(
-            f"plan {plan.version} asks for rank {plan.rank}, but the maps of backbone {manifest.fingerprint} have "
-            f"{manifest.map_rank} columns: lower the plan's rank to {manifest.map_rank} or less"
-        )
+    if (reason := manifest.refusal(plan)) is not None:
+        raise PlanError(reason)
 
 
 def compute_taps(backbone: Backbone, texts: Texts, plan: TapPlan) -> TapMatrices:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from side_tuning.wire.messages import BackboneInfo
+from side_tuning.wire.messages import BackboneInfo, TapPlan
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -66,6 +66,20 @@ class BackboneManifest:
     def info(self) -> BackboneInfo:
         """What a device reports of it."""
         return BackboneInfo(self.fingerprint, self.family, self.layers, self.width, self.weights)
+
+    def refusal(self, plan: TapPlan) -> str | None:
+        """Why a device with this backbone cannot carry out `plan`, and the cure; None if it can."""
+        if plan.max_tokens > self.max_tokens:
+            return (
+                f"plan {plan.version} keeps {plan.max_tokens} tokens, but backbone {self.fingerprint} was prepared for "
+                f"{self.max_tokens}: lower the plan's max_tokens, or prepare the backbone with --max-tokens {plan.max_tokens}"
+            )
+        if plan.mode == "sequence" and plan.rank > self.map_rank:
+            return (
+                f"plan {plan.version} asks for rank {plan.rank}, but the maps of backbone {self.fingerprint} have "
+                f"{self.map_rank} columns: lower the plan's rank to {self.map_rank} or less"
+            )
+        return None
 
     def to_json(self) -> str:
         body = asdict(self)

@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_SECONDS = 10.0
 LOOP_SECONDS = 0.5
+BRIEF_CONNECTIONS_TOLD = 2
 STEADY_SECONDS = 5.0  # a connection that lasts this long starts the back-off anew; shorter ones are ping-pong
 PACKET_OVERHEAD_BYTES = 16  # fixed header, topic length, packet id, property length
 
@@ -130,6 +131,7 @@ class BrokerConnection:
         self.last_error = ""
         self.failures = 0  # in a row
         self._brief_connections = 0  # in a row, accepted but lost at once
+        self._told: set[str] = set()  # reasons logged since the last steady connection
         self.refused_subscriptions: dict[str, str] = {}
         self.callback_errors = 0
 
@@ -367,7 +369,9 @@ class BrokerConnection:
             self._early_acks.clear()
             filters = list(self._filters)
         if self.failures:
-            logger.info("connected to the broker at %s again after %d failed attempts", self.address, self.failures)
+            # Ping-pong with a namesake would fill the log; that it goes on has been said.
+            level = logging.DEBUG if self._brief_connections >= BRIEF_CONNECTIONS_TOLD else logging.INFO
+            logger.log(level, "connected to the broker at %s again after %d failed attempts", self.address, self.failures)
         else:
             logger.info("connected to the broker at %s (MQTT %s)", self.address, self.protocol)
         self.last_error = ""
@@ -455,9 +459,13 @@ class BrokerConnection:
             return
         # mosquitto 2.0 says nothing when it throws a client out for a namesake; the pattern gives it away.
         self._brief_connections = self._brief_connections + 1 if attempt.accepted_at is not None and not steady else 0
-        if self._brief_connections >= 2:
+        if self._brief_connections >= BRIEF_CONNECTIONS_TOLD:
             self.last_error = f"{attempt.reason}, again within seconds; does another client use the name {self.client_id!r} too?"
-        if self.failures == 1:
+        if steady:
+            self._told.clear()
+        # A reason that was not told yet is news: a broker that comes up may refuse the password.
+        if self.last_error not in self._told:
+            self._told.add(self.last_error)
             logger.error("%s; trying again until it works", self.last_error)
         else:
             logger.debug("%s (failure %d in a row)", self.last_error, self.failures)

@@ -172,6 +172,28 @@ def test_refused_credentials_say_what_to_check(tmp_path):
         client.connection.stop()
 
 
+@needs_mosquitto
+def test_a_broker_that_comes_up_and_refuses_is_told_too(tmp_path, caplog):
+    """Each reason once, also one that follows on another."""
+    passwords = tmp_path / "passwords"
+    passwords.write_text("")
+    port = free_port()
+    client = Client(BrokerSettings(host="127.0.0.1", port=port, tls=False, reconnect_max_seconds=0.1))
+
+    def told(words):
+        return [record for record in caplog.records if record.levelname == "ERROR" and words in record.message]
+
+    try:
+        wait_until(lambda: client.connection.failures > 2, 15, "unreachable")
+        with mosquitto(tmp_path, f"password_file {passwords}", port=port, anonymous=False):
+            wait_until(lambda: told("refuses the credentials"), 15, "told")
+            failures = client.connection.failures
+            wait_until(lambda: client.connection.failures > failures + 3, 15, "tried again")
+    finally:
+        client.connection.stop()
+    assert (len(told("cannot be reached")), len(told("refuses the credentials"))) == (1, 1)
+
+
 def test_an_unreachable_broker_is_named_with_its_port():
     port = free_port()
     client = Client(BrokerSettings(host="127.0.0.1", port=port, tls=False))
@@ -204,12 +226,15 @@ def test_a_publish_that_the_access_rules_refuse_is_told(tmp_path):
 
 
 @needs_mosquitto
-def test_two_clients_of_the_same_name_are_explained(broker):
+def test_two_clients_of_the_same_name_are_explained(broker, caplog):
     """They throw each other out for ever; nothing else says why."""
     first, second = (Client(broker.settings, "twin") for _ in range(2))
     wait_until(lambda: "the name 'twin'" in first.connection.last_error + second.connection.last_error, 20, "the cause is named")
+    wait_until(lambda: first.connection.failures + second.connection.failures > 12, 30, "more rounds")
     first.connection.stop()
     second.connection.stop()
+    assert 1 <= sum("the name 'twin'" in record.message for record in caplog.records if record.levelname == "ERROR") <= 2
+    assert sum("connected" in record.message for record in caplog.records if record.levelname == "INFO") <= 8
 
 
 @needs_mosquitto

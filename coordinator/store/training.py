@@ -12,12 +12,16 @@ from sqlalchemy.orm import Session, contains_eager
 
 from coordinator.store.errors import StoreError
 from coordinator.store.models import Checkpoint, Device, Evaluation, FrameBody, FrameRow, Run, SampleRow
+from side_tuning.wire.bounded import FrameError
 from side_tuning.wire.frame import Split
+from side_tuning.wire.messages import Health
 
 Scope = Literal["fleet", "device", "backbone", "worst-device"]
 
 # SQLite takes at most 32766 values in one statement; there is no need to come near it.
 _IDS_PER_QUERY = 1000
+# A device may lie; one lie must not use up the generations that a manifest can carry (2**53).
+_LONGEST_LEAP = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +138,17 @@ def evaluations(session: Session, run: str, scope: Scope = "fleet", limit: int =
 def insert_checkpoint(  # noqa: PLR0917 - one row, in the order of its columns
     session: Session, run: str, step: int, folder: str, metrics: Mapping[str, Any], at: datetime
 ) -> int:
-    """Offer a checkpoint; returns its generation, higher than any before."""
+    """Offer a checkpoint; returns its generation, higher than any before, here or on a device.
+
+    Devices that outlived a database hold generations of the old one, and follow none that is lower.
+    """
     row = Checkpoint(run_id=_run_id(session, run), step=step, folder=str(folder), metrics=dict(metrics), created_at=at)
+    highest = session.scalar(select(func.coalesce(func.max(Checkpoint.generation), 0))) or 0
+    on_devices = _highest_generation_on_devices(session, highest + _LONGEST_LEAP)
+    if on_devices > highest:
+        row.generation = on_devices + 1
+        if session.get_bind().dialect.name == "postgresql":  # SQLite counts on from the highest by itself
+            session.execute(select(func.setval(func.pg_get_serial_sequence("checkpoints", "generation"), row.generation)))
     session.add(row)
     session.flush()
     return row.generation
@@ -174,6 +187,18 @@ def republish_checkpoint(session: Session, generation: int, at: datetime) -> int
     if old is None:
         raise StoreError(f"checkpoint {generation} is not in the store: list them with `coordinator checkpoints list`")
     return insert_checkpoint(session, old.run.name, old.step, old.folder, old.metrics, at)
+
+
+def _highest_generation_on_devices(session: Session, at_most: int) -> int:
+    """The highest generation that a device says it has, of those that are believable."""
+    highest = 0
+    for payload in session.scalars(select(Device.health).where(Device.health.is_not(None))):
+        try:
+            generation = Health.from_bytes(payload or b"").checkpoint
+        except FrameError:  # written by a newer version of this program
+            continue
+        highest = max(highest, generation if generation <= at_most else 0)
+    return highest
 
 
 def _checkpoints() -> Any:

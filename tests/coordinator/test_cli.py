@@ -75,6 +75,25 @@ def test_a_missing_file_and_a_missing_database_say_the_cure(tmp_path, config):
     assert "coordinator database upgrade" in unmade.stderr
 
 
+def test_a_data_directory_that_cannot_be_made_is_told_plainly(tmp_path, config):
+    (tmp_path / "file").write_text("")
+    for program in ("run", "gateway"):
+        result = coordinator(program, config=config, COORDINATOR_DATA_DIRECTORY=str(tmp_path / "file" / "data"))
+        assert result.returncode == 1
+        assert "a file stands where a folder should be" in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_a_plan_that_a_backbone_cannot_carry_out_is_given_out_with_a_warning(config, artifact):
+    coordinator("database", "upgrade", config=config)
+    coordinator("backbone", "register", str(artifact), config=config)
+    made = coordinator("plan", "set", "--mode", "sequence", "--rank", "64", "--max-tokens", "64", config=config)
+    assert made.returncode == 0
+    assert "WARNING" in made.stderr
+    assert "lower the plan's rank to 16" in made.stderr
+    assert "WARNING" not in coordinator("plan", "set", "--rank", "16", config=config).stderr
+
+
 def test_backbones_and_plans_by_hand(config, artifact):
     assert coordinator("database", "upgrade", config=config).returncode == 0
     assert coordinator("database", "check", config=config).returncode == 0

@@ -6,6 +6,7 @@ import threading
 import pytest
 from sqlalchemy import text
 
+from coordinator.device_table import device_lines
 from coordinator.gateway import Gateway
 from coordinator.retry import retry_rejections
 from coordinator.store.registry import register_backbone
@@ -114,6 +115,18 @@ def test_duplicates_are_harmless(start, device, sender):
             sender.publish(topics.activations("d"), make_payload("d", sequence))
     wait_until(lambda: running.gateway.writer.counters.duplicates == 20, 10, "20 duplicates are counted")
     assert len(stored_frames(store)) == 10
+
+
+def test_one_line_tells_why_frames_are_rejected(start, device, caplog):
+    _, store = start(registered=False)
+    one = device("d", {s: make_payload("d", s) for s in range(1, 11)})
+    wait_until(lambda: one.done, 20, "every frame is receipted")
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [words for words in told if "no backbone is registered" in words and "coordinator backbone register" in words]
+    assert len([words for words in told if words.startswith("rejected a message of d (kept;")]) == 1
+    lines = device_lines(store)
+    assert "10 rejected" in lines[0]
+    assert "coordinator rejections list --device d" in lines[1]
 
 
 @pytest.mark.parametrize("poison_count", [20, 1000])

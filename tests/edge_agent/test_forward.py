@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -46,9 +48,14 @@ def test_unknown_labels_and_empty_texts_are_refused_one_by_one(backbone):
         sample(6, label=3),
         sample(7, text=("a", "")),
     ]
-    tapped = tap_samples(backbone, batch, plan(), lambda name, reason, _: refused.update({name: reason}))
+    told = {}
+    batch[1] = replace(batch[1], where="rows.jsonl:2")
+    batch[2] = replace(batch[2], where="rows.jsonl:3")
+    tapped = tap_samples(backbone, batch, plan(), lambda name, reason, words: (refused.update({name: reason}), told.update({name: words})))
     assert [(t.info.id, t.info.label) for t in tapped] == [("00000001", 0), ("00000004", None), ("00000005", 2)]
     assert refused == {"00000002": "unknown label", "00000003": "no text", "00000006": "unknown label", "00000007": "no text"}
+    assert told["00000002"].startswith("rows.jsonl:2: label 'elephant' is not among the plan's 3 labels (light, music, weather); correct it, or add")
+    assert told["00000003"].startswith("rows.jsonl:3: the text is empty")
 
 
 def test_a_batch_without_a_usable_sample_gives_nothing(backbone):

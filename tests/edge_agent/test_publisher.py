@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 
@@ -168,6 +169,20 @@ def test_receipts_of_another_spool_and_broken_ones_change_nothing(broker, tmp_pa
         device.publisher.offer_receipt(Receipt("another", 1000).to_bytes())
         wait_until(lambda: len(receiver.order) == 3, 10, "still sending")
         assert device.spool.count().spooled_frames == 3
+
+
+@needs_mosquitto
+def test_rejections_for_one_reason_are_told_once(broker, tmp_path, caplog):
+    caplog.set_level(logging.DEBUG, "edge_agent.publisher")
+    with Receiver(broker.settings, DEVICE) as receiver, Device(tmp_path, broker.settings) as device:
+        receiver.silent = True
+        device.append(3)
+        wait_until(lambda: len(receiver.order) == 3, 10, "all sent")
+        reason = "backbone {} is not registered; run `coordinator backbone register FOLDER`"
+        device.publisher.offer_receipt(Receipt(device.spool.id, 3, rejected=tuple((n, reason.format("ab" * 16)) for n in (1, 2, 3))).to_bytes())
+        wait_until(device.empty, 10, "the spool is empty")
+    told = [record.levelname for record in caplog.records if "not registered" in record.message]
+    assert told == ["ERROR", "DEBUG", "DEBUG"]
 
 
 @needs_mosquitto

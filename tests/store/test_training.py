@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from sqlalchemy import text
 
 from coordinator.store.engine import Store
 from coordinator.store.errors import StoreError
 from coordinator.store.fleet import device_overview, fleet_totals
+from coordinator.store.health import record_health
 from coordinator.store.ingest import insert_frames
 from coordinator.store.training import (
     checkpoints,
@@ -20,7 +23,7 @@ from coordinator.store.training import (
     mark_published,
     republish_checkpoint,
 )
-from tests.store.frames import START, after, make_frame, received
+from tests.store.frames import START, after, make_frame, received, report
 
 
 def test_a_run_begins_once(store: Store):
@@ -82,3 +85,13 @@ def test_what_is_not_there_is_named(store: Store):
     for attempt in (mark_published, republish_checkpoint):
         with pytest.raises(StoreError, match="checkpoint 7 is not in the store"), store.write() as session:
             attempt(session, 7, START)
+
+
+def test_devices_that_outlived_a_database_are_offered_higher_generations(store: Store):
+    """A device follows no lower generation; one that lies cannot use them all up."""
+    believable, lie = report(0, 0, 0, 1), report(0, 0, 0, 1)
+    with store.write() as session:
+        insert_run(session, "run", {}, START)
+        record_health(session, "kitchen", replace(believable, checkpoint=15), START)
+        record_health(session, "attic", replace(lie, checkpoint=2**53), START)
+        assert [insert_checkpoint(session, "run", n, f"/data/{n}", {}, START) for n in (1, 2, 3)] == [16, 17, 18]
