@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from coordinator.store.engine import Store
 from coordinator.store.fleet import DeviceOverview, device_overview
+
+CLOCK_OFF_SECONDS = 300.0  # more than a slow link explains; certificates and schedules begin to suffer
 
 
 def device_lines(store: Store) -> list[str]:
@@ -50,6 +52,9 @@ def _troubles(one: DeviceOverview) -> list[str]:
     if one.rejected_frames:
         found.append(f"{one.rejected_frames} frames rejected: `coordinator rejections list --device {one.device}` says why")
     health = one.health
+    if one.clock_offset_seconds is not None and abs(one.clock_offset_seconds) > CLOCK_OFF_SECONDS:
+        away = timedelta(seconds=round(abs(one.clock_offset_seconds)))
+        found.append(f"its clock is {away} {'behind' if one.clock_offset_seconds < 0 else 'ahead'}: let it reach a time server")
     if health is None:
         return found
     if not one.ledger.balanced and health.spool is not None and health.spool.receipted > one.stored_samples + one.duplicate_samples + one.ledger.rejected:

@@ -23,6 +23,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
 from coordinator.counters import Counters, Reports
+from coordinator.files import held
 from coordinator.ingest import Registry, decode_payload, device_of, refusal, shorten
 from coordinator.intake import Arrived, Intake
 from coordinator.outbox import Outbox, ensure_signing_key
@@ -345,7 +346,8 @@ class Gateway:
     def _connected(self, connected: Connected) -> None:
         # The broker may have lost its retained messages; receipts are what lets devices forget frames.
         self._receipts.mark_all()
-        logger.info(
+        logger.log(
+            logging.INFO if connected.epoch == 1 else logging.DEBUG,
             "listening to %s and %s at %s (MQTT %s), storing in %r",
             FRAMES,
             HEALTH,
@@ -421,9 +423,13 @@ class _Chores:
 
 def run(settings: CoordinatorSettings, stop: threading.Event) -> None:
     """The `coordinator gateway` program, until `stop`."""
-    settings.data_directory.mkdir(parents=True, exist_ok=True)
-    store = open_store(settings.database_url)
-    try:
-        Gateway(settings, store).run(stop)
-    finally:
-        store.close()
+    taken = GatewayError(
+        f"another gateway runs with the data_directory {settings.data_directory}; stop that one, or give this one its own "
+        "data_directory and gateway.client_id"
+    )
+    with held(settings.data_directory / "gateway.lock", taken):
+        store = open_store(settings.database_url)
+        try:
+            Gateway(settings, store).run(stop)
+        finally:
+            store.close()

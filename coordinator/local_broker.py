@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import sys
 from pathlib import Path
 from typing import Literal
@@ -41,11 +42,23 @@ def find_mosquitto() -> str:
     return found
 
 
+def _check_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as brokers do: a port just left is free
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ConfigError(
+                f"no broker can be started on port {port}: {error.strerror}; stop what listens there, set another "
+                "broker.port, or use that broker with --broker external"
+            ) from error
+
+
 def broker_command(choice: BrokerChoice, settings: CoordinatorSettings) -> list[str] | None:
     """The command that starts the chosen broker where the settings say; None for one that somebody else runs.
 
     Raises:
-        ConfigError: the settings name another machine or TLS, or mosquitto is not installed.
+        ConfigError: the settings name another machine or TLS, the port is taken, or mosquitto is not installed.
     """
     if choice == "external":
         return None
@@ -55,6 +68,7 @@ def broker_command(choice: BrokerChoice, settings: CoordinatorSettings) -> list[
             f"--broker {choice} serves this machine only, without TLS; the settings say {broker.host}:{broker.port}"
             f"{' with TLS' if broker.tls else ''}: set broker.host = \"127.0.0.1\" and broker.tls = false, or use --broker external"
         )
+    _check_free(broker.port)
     if choice == "embedded":
         return [sys.executable, "-m", "coordinator.cli", "broker", "--port", str(broker.port)]
     path: Path = settings.data_directory / "mosquitto.conf"

@@ -59,7 +59,7 @@ def label_file(settings: AgentSettings, path: Path, *, as_json: bool, with_predi
         rows = source.poll(ROWS_AT_A_TIME)
         for refusal in rows:
             if isinstance(refusal, Refusal):
-                sums.refuse(refusal.detail)
+                sums.refuse(refusal.detail.removesuffix(" It is looked for again"))
                 if refusal.reason in ("file missing", "file unreadable"):
                     raise typer.Exit(exit_codes.CRASH)
         _label(predictor, [row for row in rows if isinstance(row, Sample)], sums, keep=with_predictions)
@@ -87,7 +87,7 @@ def _label(predictor: Predictor, samples: list[Sample], sums: _Sums, *, keep: bo
         try:
             known.append((sample, label_index(sample.label, predictor.labels)))
         except RowError as error:
-            sums.refuse(str(error))
+            sums.refuse(f"{sample.where}: {error}")
     for (sample, label), prediction in zip(known, _predict(predictor, known, sums), strict=True):
         if prediction is None:
             continue
@@ -110,7 +110,7 @@ def _predict(predictor: Predictor, known: list[tuple[Sample, int | None]], sums:
                 found[place] = prediction
             break
         except TextError as error:
-            sums.refuse(f"a text {error.reason}")
+            sums.refuse(f"{known[left[error.index]][0].where}: the text {error.reason}")
             del left[error.index]
     return found
 

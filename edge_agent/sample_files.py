@@ -80,6 +80,8 @@ class FileSource:
         except OSError as error:
             return self._unavailable(error)
         self._told.clear()
+        if not self._settings.follow and os.fstat(self._file.fileno()).st_size == 0:
+            logger.warning("%s is empty; put rows in it before the agent starts, or set follow = true", path)
         self._items = read_items(self._file, path, self._settings, RowReader(self._settings, self._name, self._given), follow=self._settings.follow)
         return []
 

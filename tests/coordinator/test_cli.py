@@ -4,12 +4,14 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from datetime import datetime, timezone
 
 import pytest
 
+from coordinator.files import held
 from coordinator.store.engine import open_store
 from coordinator.store.rejections import insert_rejection
 from side_tuning.wire import topics
@@ -82,6 +84,25 @@ def test_a_data_directory_that_cannot_be_made_is_told_plainly(tmp_path, config):
         assert result.returncode == 1
         assert "a file stands where a folder should be" in result.stderr
         assert "Traceback" not in result.stderr
+
+
+def test_a_port_that_is_taken_is_named_before_anything_starts(config, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        result = coordinator("run", "--broker", "embedded", config=config, COORDINATOR_BROKER__PORT=str(taken.getsockname()[1]))
+    assert result.returncode == 78
+    assert "--broker external" in result.stderr
+    assert "started, process" not in result.stderr
+
+
+def test_a_second_gateway_on_the_same_data_is_refused(config, tmp_path):
+    coordinator("database", "upgrade", config=config)
+    with held(tmp_path / "data" / "gateway.lock", AssertionError("nobody holds it")):
+        result = coordinator("gateway", config=config)
+    assert result.returncode == 1
+    assert "another gateway runs" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_a_plan_that_a_backbone_cannot_carry_out_is_given_out_with_a_warning(config, artifact):

@@ -376,3 +376,13 @@ def test_a_large_file_streams_in_little_memory(tmp_path: Path) -> None:
     rows, kilobytes = map(int, done.stdout.split())
     assert rows == 60_000
     assert kilobytes < 16_000
+
+
+def test_an_empty_file_is_told_and_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert read_file(write_rows(tmp_path / "a.jsonl", [])) == ([], [])
+    assert [record.message for record in caplog.records if record.levelname == "WARNING" and "is empty; put rows in it" in record.message]
+
+
+def test_a_sample_knows_its_place(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "one"}, {"text": "two"}])
+    assert [sample.where for sample in read_file(path)[0]] == [f"{path}:1", f"{path}:2"]

@@ -1,0 +1,40 @@
+"""`coordinator devices`: what needs a person stands under its device, in words."""
+
+from dataclasses import replace
+from datetime import timedelta
+
+from coordinator.device_table import device_lines
+from coordinator.store.engine import open_store
+from coordinator.store.health import record_health
+from coordinator.store.schema import upgrade
+from tests.store.frames import START, report
+
+
+def test_troubles_of_a_device_stand_under_it(tmp_path):
+    url = f"sqlite:///{tmp_path}/store.db"
+    upgrade(url)
+    store = open_store(url)
+    health = report(200, 200, 0, 5)
+    assert health.spool is not None
+    health = replace(
+        health,
+        reason="the spool is full",
+        plan_error="tap plan refused: its rank",
+        checkpoint_error="not signed by the configured key",
+        spool=replace(health.spool, refused={"unknown label": 2}),
+    )
+    with store.write() as session:
+        record_health(session, "kitchen", health, START + timedelta(days=2))
+        record_health(session, "attic", report(0, 0, 0, 1), START)
+    lines = device_lines(store)
+    store.close()
+    assert lines[0].startswith("attic ")
+    assert lines[1].startswith("kitchen ")  # the attic has no trouble
+    assert [line.split("! ")[1] for line in lines[2:]] == [
+        "its clock is 2 days, 0:00:00 behind: let it reach a time server",
+        "it has receipts for 200 samples: if this database is a new or older one, the rest was in the one before",
+        "tap plan refused: its rank",
+        "checkpoint refused: not signed by the configured key",
+        "it says: the spool is full",
+        "refused on the device, its log names the rows: 2 unknown label",
+    ]
