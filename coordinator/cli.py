@@ -157,13 +157,17 @@ def backbone_prepare(  # noqa: PLR0917 - one per option
 @backbone_app.command("register")
 def backbone_register(folders: list[Path], config: Config = None) -> None:
     """Accept frames from devices that run these backbones."""
+    from coordinator.backbone_library import keep_artifact
     from coordinator.store.registry import register_backbone
     from side_tuning.backbone_manifest import read_manifest
 
     manifests = [read_manifest(folder) for folder in folders]
-    with _store(config) as (_, store), store.write() as session:
-        for manifest in manifests:
-            register_backbone(session, manifest)
+    with _store(config) as (settings, store):
+        for folder in folders:
+            keep_artifact(settings.data_directory, folder)
+        with store.write() as session:
+            for manifest in manifests:
+                register_backbone(session, manifest)
     for manifest in manifests:
         print(f"{manifest.fingerprint}  {_describe_backbone(manifest)}")
 

@@ -17,6 +17,7 @@ from side_tuning.wire.codecs import round_trip
 
 if TYPE_CHECKING:
     from side_tuning.network.alignment import Alignment
+    from side_tuning.network.anchor_map import AnchorMap
     from side_tuning.network.side_network import SideNetwork
 
 __all__ = ["CheckpointError", "Prediction", "Predictor", "load_networks", "open_predictor"]
@@ -92,7 +93,7 @@ class Predictor:
         return [Prediction(self.labels[i], int(i), float(row[i])) for i, row in zip(best, probabilities, strict=True)]
 
 
-def load_networks(checkpoint: StoredCheckpoint, backbone: BackboneManifest) -> tuple[Alignment, SideNetwork]:
+def load_networks(checkpoint: StoredCheckpoint, backbone: BackboneManifest) -> tuple[Alignment | AnchorMap, SideNetwork]:
     """Load alignment and ladder and check that they fit each other, their plan and this backbone."""
     from side_tuning.network.files import NetworkFileError, load_alignment, load_ladder
 
@@ -109,7 +110,7 @@ def load_networks(checkpoint: StoredCheckpoint, backbone: BackboneManifest) -> t
         ("blocks of the alignment", alignment.config.blocks, plan.blocks),
         ("width of the alignment's input", alignment.config.width_in, width_in),
         ("mode", ladder.config.mode, plan.mode),
-        ("side width of the alignment", alignment.config.side_width, ladder.config.side_width),
+        ("width of the alignment's output", alignment.config.width_out, ladder.config.width_in),
     )
     for name, found, wanted in facts:
         if found != wanted:

@@ -41,9 +41,22 @@ def compare(
     *,
     folder: Path,
     say: Say,
+    checkpoint_folder: Path,
     samples_drawn: int | None = None,
 ) -> Comparison:
-    """Train both comparisons on what each device produced; `samples_drawn` is how many the fleet's trainer drew."""
+    """Train both comparisons on what each device produced.
+
+    Args:
+        devices: all of them.
+        produced: rows that each device read, in order.
+        plan: the fleet's.
+        settings: the fleet's trainer's.
+        folder: for files under way.
+        say: told what goes on.
+        checkpoint_folder: of the fleet; its anchor maps serve the comparisons too.
+        samples_drawn: how many the fleet's trainer drew.
+
+    """
     folder.mkdir(parents=True, exist_ok=True)
     plan_file = folder / "tap-plan"
     plan_file.write_bytes(plan.to_bytes())
@@ -59,13 +72,17 @@ def compare(
     import torch
 
     from coordinator.training.reference import train_centrally, train_per_device
+    from side_tuning.network.anchor_map import AnchorMap
+    from side_tuning.network.files import load_alignment
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
     classes = len(plan.labels)
+    found = {path.stem.removeprefix("alignment-"): load_alignment(path) for path in checkpoint_folder.glob("alignment-*")}
+    anchor_maps = {fingerprint: one for fingerprint, one in found.items() if isinstance(one, AnchorMap)}
     say("comparison: training one side network centrally")
-    central = train_centrally(train, held_out, settings, classes=classes, samples_drawn=samples_drawn)
+    central = train_centrally(train, held_out, settings, classes=classes, samples_drawn=samples_drawn, anchor_maps=anchor_maps)
     say("comparison: training one side network per device")
-    alone = train_per_device(train, held_out, settings, classes=classes)
+    alone = train_per_device(train, held_out, settings, classes=classes, anchor_maps=anchor_maps)
     return Comparison(central.accuracy, alone.accuracy)
 
 

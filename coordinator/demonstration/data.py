@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,10 @@ import numpy as np
 from coordinator.demonstration import corpus
 
 Text = str | tuple[str, str]
+
+# Public texts that run through every backbone; more than 500 brought nothing (docs/lab-notes.md).
+MOST_ANCHORS = 500
+ANCHOR_SHARE = 0.1
 
 # A device with less than this has nothing to measure or to teach; Dirichlet draws are repeated until all have it.
 MIN_ROWS_PER_DEVICE = 10
@@ -172,6 +176,20 @@ def _labels(
     if unknown:
         raise DataError(f"{name}: label {unknown[0]!r} is not among the classes of meta.json; add it there")
     return tuple(classes), {label: str(label) for label in found}
+
+
+def set_anchors_aside(dataset: Dataset, seed: int) -> tuple[Dataset, list[Text]]:
+    """Take a few texts out of the train rows, without their labels: they are public, no device holds them."""
+    count = min(MOST_ANCHORS, int(ANCHOR_SHARE * len(dataset.train)))
+    chosen = set(np.random.default_rng((seed, count)).choice(len(dataset.train), count, replace=False).tolist())
+    rest = tuple(row for index, row in enumerate(dataset.train) if index not in chosen)
+    return replace(dataset, train=rest), [dataset.train[index].text for index in sorted(chosen)]
+
+
+def write_anchors(texts: Sequence[Text], path: Path) -> None:
+    """As `training.anchors_file` reads them."""
+    rows = [{"text": text} if isinstance(text, str) else {"text_a": text[0], "text_b": text[1]} for text in texts]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def deal(dataset: Dataset, partition: Partition, devices: int, seed: int) -> list[Share]:

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from coordinator.demonstration.data import DataError, deal, load_dataset
+from coordinator.backbone_library import keep_artifact
+from coordinator.demonstration.data import DataError, deal, load_dataset, set_anchors_aside, write_anchors
 from coordinator.demonstration.errors import DemoError
 from coordinator.demonstration.fleet import (
     CUTS,
@@ -42,6 +43,7 @@ from coordinator.settings import ConfigError, CoordinatorSettings, load_settings
 from coordinator.store.engine import open_store
 from coordinator.store.registry import register_backbone
 from coordinator.store.schema import upgrade
+from coordinator.training.settings import FEWEST_ANCHORS
 
 PRODUCING = 0.5  # share of --seconds that the slowest device is given for its data
 
@@ -74,20 +76,23 @@ def _interrupt(*_: object) -> None:
 
 def demonstrate(options: Options, console: Console) -> tuple[Report, bool]:
     """Run it all; the report, and whether it ran to its end."""
-    dataset = load_dataset(options.data)
+    dataset, anchors = set_anchors_aside(load_dataset(options.data), options.seed)
     shares = deal(dataset, options.partition, options.devices, options.seed)
     if options.broker == "mosquitto":
         find_mosquitto()
     console.print(f"{dataset.name}: {len(dataset.train):,} rows to learn from, {len(dataset.test):,} to be measured on, {len(dataset.labels)} classes")
+    console.print(f"{len(anchors):,} further texts, without labels, are public: they run through every backbone to bring them into one space")
     backbones = prepare_backbones(min(len(CUTS), options.devices), cache_folder(), console.print)
     with _state_folder(options.state) as folder:
         # What this process's own connections say goes beside the children's logs, never into the picture.
         logging.basicConfig(filename=folder / "demo.log", level=logging.INFO, force=True)
         devices = make_devices(shares, backbones, folder / "devices", producing_seconds=PRODUCING * options.seconds, seed=options.seed)
+        anchors_file = folder / "anchors.jsonl"
+        write_anchors(anchors, anchors_file)
         config = folder / "coordinator.toml"
         write_coordinator_config(
             config, dataset, data=folder / "coordinator", port=free_port(), seconds=options.seconds, seed=options.seed,
-            train_samples=sum(len(share.train) for share in shares),
+            train_samples=sum(len(share.train) for share in shares), anchors_file=anchors_file if len(anchors) >= FEWEST_ANCHORS else None,
         )  # fmt: skip
         settings = load_settings(config)
         prepare_coordinator(settings, devices)
@@ -107,9 +112,10 @@ def prepare_coordinator(settings: CoordinatorSettings, devices: Sequence[DemoDev
     upgrade(settings.database_url)
     store = open_store(settings.database_url)
     try:
-        with store.write() as session:
-            for manifest in {device.backbone.manifest.fingerprint: device.backbone.manifest for device in devices}.values():
-                register_backbone(session, manifest)
+        for backbone in {device.backbone.manifest.fingerprint: device.backbone for device in devices}.values():
+            keep_artifact(settings.data_directory, backbone.folder)
+            with store.write() as session:
+                register_backbone(session, backbone.manifest)
     finally:
         store.close()
     ensure_signing_key(settings)

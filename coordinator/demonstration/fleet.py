@@ -124,7 +124,8 @@ def make_devices(
     return devices
 
 
-def write_coordinator_config(path: Path, dataset: Dataset, *, data: Path, port: int, seconds: float, seed: int, train_samples: int) -> None:
+def write_coordinator_config(path: Path, dataset: Dataset, *, data: Path, port: int, seconds: float, seed: int, train_samples: int, anchors_file: Path | None) -> None:
+    anchors = {} if anchors_file is None else {"anchors_file": str(anchors_file)}
     write_toml(
         path,
         {
@@ -134,6 +135,7 @@ def write_coordinator_config(path: Path, dataset: Dataset, *, data: Path, port: 
             "task": {"labels": list(dataset.labels)},
             "training": {
                 "seed": seed,
+                **anchors,
                 "min_samples": min(256, max(1, train_samples // 8)),
                 "poll_seconds": 0.5,
                 "evaluate_every_seconds": max(3.0, seconds / 40),

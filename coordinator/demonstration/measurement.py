@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 from coordinator.demonstration.comparison import Comparison, compare
 from coordinator.demonstration.errors import DemoError
@@ -79,6 +80,7 @@ def _measure_at_rest(fleet: RunningFleet, seen: Observation, measured: Measured)
         training,
         folder=fleet.folder / "comparison",
         say=view.phase,
+        checkpoint_folder=Path(seen.newest.folder),
         samples_drawn=seen.newest.step * training.batch_size,
     )
 

@@ -26,6 +26,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from coordinator.training.learner import Learner
+from side_tuning.network.anchor_map import AnchorMap
 from side_tuning.network.files import save_alignment, save_ladder
 from side_tuning.wire.messages import TapPlan
 
@@ -150,7 +151,12 @@ def _pack(learner: Learner, progress: Progress) -> bytes:
         "samples_drawn": progress.samples_drawn,
         "watermark": progress.watermark,
         "backbones": [
-            {"fingerprint": f, "width_in": a.config.width_in, "joined_at": learner.joined_at[f]}
+            {
+                "fingerprint": f,
+                "width_in": a.config.width_in,
+                "joined_at": learner.joined_at[f],
+                "anchored": isinstance(a, AnchorMap),
+            }
             for f, a in learner.alignments.items()
         ],
     }
@@ -161,7 +167,10 @@ def _pack(learner: Learner, progress: Progress) -> bytes:
 def _unpack(learner: Learner, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     # In the order of joining: that is the order of the optimizer's parameter groups.
     for backbone in state["backbones"]:
-        learner.add_backbone(backbone["fingerprint"], backbone["width_in"], step=backbone["joined_at"])
+        width_in = backbone["width_in"]
+        # Its numbers come with the tensors below.
+        anchor_map = AnchorMap(width_in, learner.config.width_in, learner.config.blocks) if backbone["anchored"] else None
+        learner.add_backbone(backbone["fingerprint"], width_in, step=backbone["joined_at"], anchor_map=anchor_map)
     for place, network in _networks(learner).items():
         network.load_state_dict({name: tensors[f"{place}/{name}"] for name in network.state_dict()})
     moments: dict[int, dict[str, Tensor]] = {}
@@ -174,9 +183,10 @@ def _unpack(learner: Learner, state: Mapping[str, Any], tensors: Mapping[str, Te
 
 def _networks(learner: Learner) -> dict[str, torch.nn.Module]:
     networks: dict[str, torch.nn.Module] = {"ladder": learner.ladder, "average_ladder": learner.average_ladder}
-    for number, fingerprint in enumerate(learner.alignments):
-        networks[f"alignment/{number}"] = learner.alignments[fingerprint]
-        networks[f"average_alignment/{number}"] = learner.average_alignments[fingerprint]
+    for number, (fingerprint, alignment) in enumerate(learner.alignments.items()):
+        networks[f"alignment/{number}"] = alignment
+        if not isinstance(alignment, AnchorMap):  # an anchor map is its own average
+            networks[f"average_alignment/{number}"] = learner.average_alignments[fingerprint]
     return networks
 
 

@@ -20,10 +20,12 @@ from torch.nn import functional as F
 
 from coordinator.training.settings import TrainingSettings
 from side_tuning.network.alignment import Alignment
+from side_tuning.network.anchor_map import AnchorMap
 from side_tuning.network.side_network import SideNetwork, SideNetworkConfig, predict_logits
 from side_tuning.wire.messages import Mode
 
 Network = TypeVar("Network", SideNetwork, Alignment)
+AnyAlignment = Alignment | AnchorMap
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class Rows:
     labels: np.ndarray  # (N,)
 
 
-def side_network_config(settings: TrainingSettings, *, blocks: int, classes: int, mode: Mode) -> SideNetworkConfig:
+def side_network_config(
+    settings: TrainingSettings, *, blocks: int, classes: int, mode: Mode, entry_width: int = 0
+) -> SideNetworkConfig:
     return SideNetworkConfig(
         side_width=settings.side_width,
         blocks=blocks,
@@ -45,6 +49,7 @@ def side_network_config(settings: TrainingSettings, *, blocks: int, classes: int
         heads=settings.heads,
         expansion=settings.expansion,
         dropout=settings.dropout,
+        entry_width=entry_width,
     )
 
 
@@ -57,24 +62,29 @@ class Learner:
         self.device = torch.device(settings.device)
         with _seeded(settings.seed, self.device):
             self.ladder = SideNetwork(config).to(self.device)
+        if self.ladder.entry is not None:
+            self.ladder.entry.input_dropout = settings.input_dropout
         self.average_ladder = _frozen_copy(self.ladder)
-        self.alignments: dict[str, Alignment] = {}  # in the order in which the backbone types came
-        self.average_alignments: dict[str, Alignment] = {}
+        self.alignments: dict[str, AnyAlignment] = {}  # in the order in which the backbone types came
+        self.average_alignments: dict[str, AnyAlignment] = {}
         self.joined_at: dict[str, int] = {}  # fingerprint -> step
         self.optimizer = torch.optim.AdamW(
             _groups(self.ladder, settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.98), fused=True
         )
 
-    def add_backbone(self, fingerprint: str, width_in: int, *, step: int) -> None:
-        """Give a new backbone type its alignment; later steps train it with everything else."""
-        alignment = Alignment(width_in, self.config.side_width, self.config.blocks)
+    def add_backbone(self, fingerprint: str, width_in: int, *, step: int, anchor_map: AnchorMap | None = None) -> None:
+        """Give a new backbone type its alignment: its anchor map, or else one that later steps train with the rest."""
+        self.joined_at[fingerprint] = step
+        if anchor_map is not None:
+            self.alignments[fingerprint] = self.average_alignments[fingerprint] = anchor_map.to(self.device)
+            return
+        alignment = Alignment(width_in, self.config.width_in, self.config.blocks)
         alignment.input_dropout = self.settings.input_dropout
         digest = hashlib.sha256(f"{self.settings.seed}/{fingerprint}".encode()).digest()
         alignment.reset_projection(torch.Generator().manual_seed(int.from_bytes(digest[:7], "little")))
         alignment.to(self.device)
         self.alignments[fingerprint] = alignment
         self.average_alignments[fingerprint] = _frozen_copy(alignment)
-        self.joined_at[fingerprint] = step
         for group in _groups(alignment, self.settings.weight_decay):
             self.optimizer.add_param_group(group)
 
@@ -116,12 +126,19 @@ class Learner:
                 masks.append(mask)
             aligned.append(x)
             labels.append(torch.from_numpy(rows.labels))
-        return torch.cat(aligned), torch.cat(masks) if masks else None, torch.cat(labels).to(self.device)
+        x, mask = torch.cat(aligned), torch.cat(masks) if masks else None
+        if self.ladder.entry is not None:
+            self.ladder.entry.observe(x, mask)
+        return x, mask, torch.cat(labels).to(self.device)
 
     @torch.no_grad()
     def _average(self, step: int) -> None:
         pairs: list[tuple[nn.Module, nn.Module, int]] = [(self.average_ladder, self.ladder, 0)]
-        pairs += [(self.average_alignments[f], self.alignments[f], self.joined_at[f]) for f in self.alignments]
+        pairs += [
+            (self.average_alignments[f], alignment, self.joined_at[f])
+            for f, alignment in self.alignments.items()
+            if isinstance(alignment, Alignment)  # an anchor map has nothing to average
+        ]
         for average, live, joined_at in pairs:
             age = step - joined_at
             # A mean over the whole life at first, over the last 1 / (1 - decay) steps later.
@@ -134,8 +151,11 @@ class Learner:
 def _groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Matrices decay; biases, norms, gates and the layer map do not."""
     named = list(module.named_parameters())
-    decays = [p for name, p in named if p.dim() >= 2 and name not in ("bias", "layer_logits")]
-    others = [p for name, p in named if p.dim() < 2 or name in ("bias", "layer_logits")]
+    decays: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, p in named:
+        is_matrix = p.dim() >= 2 and name.rpartition(".")[2] not in ("bias", "layer_logits")
+        (decays if is_matrix else others).append(p)
     return [{"params": decays, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 

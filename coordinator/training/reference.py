@@ -6,14 +6,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
 from coordinator.training.learner import Learner, Rows, side_network_config
 from coordinator.training.sampler import Sampler
 from coordinator.training.settings import TrainingSettings
+from side_tuning.network.anchor_map import AnchorMap
 from side_tuning.network.side_network import pad_tokens
 from side_tuning.wire.messages import Mode
+
+AnchorMaps = Mapping[str, AnchorMap]
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ def train_centrally(
     *,
     classes: int,
     samples_drawn: int | None = None,
+    anchor_maps: AnchorMaps = MappingProxyType({}),
 ) -> Score:
     """One side network on everything at once.
 
@@ -63,14 +68,20 @@ def train_centrally(
         settings: as for the fleet.
         classes: of the head.
         samples_drawn: as many as the fleet drew; by default what the replay ratio allows.
+        anchor_maps: the fleet's, by fingerprint, where it has them.
 
     """
-    learner, steps = _train(train, settings, classes=classes, samples_drawn=samples_drawn)
+    learner, steps = _train(train, settings, classes=classes, samples_drawn=samples_drawn, anchor_maps=anchor_maps)
     return _score(learner, held_out, steps)
 
 
 def train_per_device(
-    train: Sequence[Activations], held_out: Sequence[Activations], settings: TrainingSettings, *, classes: int
+    train: Sequence[Activations],
+    held_out: Sequence[Activations],
+    settings: TrainingSettings,
+    *,
+    classes: int,
+    anchor_maps: AnchorMaps = MappingProxyType({}),
 ) -> Score:
     """One side network per device, trained on its own samples only and scored on that device's held-out samples."""
     correct: dict[str, float] = {}
@@ -78,7 +89,7 @@ def train_per_device(
     total_steps = 0
     for own in train:
         own_held_out = [group for group in held_out if group.device == own.device]
-        learner, steps = _train([own], settings, classes=classes, samples_drawn=None)
+        learner, steps = _train([own], settings, classes=classes, samples_drawn=None, anchor_maps=anchor_maps)
         total_steps += steps
         score = _score(learner, own_held_out, steps)
         correct[own.device] = score.accuracy
@@ -89,17 +100,26 @@ def train_per_device(
 
 
 def _train(
-    train: Sequence[Activations], settings: TrainingSettings, *, classes: int, samples_drawn: int | None
+    train: Sequence[Activations],
+    settings: TrainingSettings,
+    *,
+    classes: int,
+    samples_drawn: int | None,
+    anchor_maps: AnchorMaps,
 ) -> tuple[Learner, int]:
     mode: Mode = "pooled" if train[0].tokens is None else "sequence"
-    config = side_network_config(settings, blocks=train[0].inputs.shape[1], classes=classes, mode=mode)
+    entry_width = next((anchor_map.config.width_out for anchor_map in anchor_maps.values()), 0)
+    config = side_network_config(
+        settings, blocks=train[0].inputs.shape[1], classes=classes, mode=mode, entry_width=entry_width
+    )
     learner = Learner(settings, config)
     sampler = Sampler(
         seed=settings.seed, tau=settings.tau, class_tau=settings.class_tau, replay_cap=settings.replay_cap
     )
     for number, group in enumerate(train):
         if group.fingerprint not in learner.alignments:
-            learner.add_backbone(group.fingerprint, group.inputs.shape[-1], step=0)
+            anchor_map = anchor_maps.get(group.fingerprint)
+            learner.add_backbone(group.fingerprint, group.inputs.shape[-1], step=0, anchor_map=anchor_map)
         sampler.add(np.full(len(group.labels), number), group.labels)
     ends = np.cumsum([len(group.labels) for group in train])
     budget = int(settings.replay_ratio * sampler.samples) if samples_drawn is None else samples_drawn

@@ -15,13 +15,14 @@ from coordinator.files import write_atomically
 from coordinator.store.engine import Store
 from coordinator.store.errors import StoreError, StoreUnavailable
 from coordinator.store.training import evaluations, insert_run
+from coordinator.training.anchors import digest_of
 from coordinator.training.settings import TrainingSettings
 from side_tuning.wire.messages import TapPlan
 
 log = logging.getLogger(__name__)
 
 # Settings that fix the shapes or the meaning of the weights; the others may change within a run.
-_FIXED = ("seed", "side_width", "heads", "expansion", "dropout")
+_FIXED = ("seed", "side_width", "heads", "expansion", "dropout", "anchor_width")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def what_is_learned(plan: TapPlan, settings: TrainingSettings) -> dict[str, Any]
 def begin_or_continue(store: Store, data_directory: Path, plan: TapPlan, settings: TrainingSettings, at: datetime) -> RunIdentity:
     """The last run, if it was begun for the same task and this store knows it; else a new one. Says why."""
     path = data_directory / "training-run.json"
-    made_for = what_is_learned(plan, settings)
+    made_for = {**what_is_learned(plan, settings), "anchors": digest_of(settings.anchors_file)}
     last = _read(path)
     reason = "there was none before" if last is None else _why_not(store, last, made_for)
     if last is not None and reason is None:

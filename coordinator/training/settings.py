@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+FEWEST_ANCHORS = 50  # below that a map into the shared space means nothing
 
 
 class TrainingSettings(BaseModel):
@@ -22,6 +25,10 @@ class TrainingSettings(BaseModel):
     expansion: int = Field(default=2, ge=1, le=8)
     dropout: float = Field(default=0.1, ge=0, lt=1)
     input_dropout: float = Field(default=0.5, ge=0, lt=1)  # of tapped channels, before they are projected
+
+    # Anchors: public, unlabelled texts of the task's own kind that tie the spaces of unlike backbones together.
+    anchors_file: Path | None = None  # a text per line, or rows with `text`; a few hundred do
+    anchor_width: int = Field(default=128, ge=8, le=1024)  # of the space that all backbone types share, per block
 
     # The step.
     batch_size: int = Field(default=128, ge=1)

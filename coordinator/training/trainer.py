@@ -21,6 +21,7 @@ from coordinator.store.engine import Store, open_store
 from coordinator.store.errors import StoreUnavailable
 from coordinator.store.registry import newest_plan
 from coordinator.store.training import insert_checkpoint, insert_evaluation, latest_checkpoint
+from coordinator.training.anchors import Anchors, open_anchors
 from coordinator.training.checkpoints import Progress, metrics_of, prune_checkpoints, resume, save_checkpoint
 from coordinator.training.evaluation import Measurement, evaluate, metrics
 from coordinator.training.learner import Learner, side_network_config
@@ -48,6 +49,7 @@ class Training:
     learner: Learner
     sampler: Sampler
     cache: TapCache
+    anchors: Anchors | None = None
     step: int = 0
     samples_drawn: int = 0
     seen: int = 0  # cache entries that the sampler and the learner know
@@ -83,7 +85,21 @@ def run(settings: CoordinatorSettings, stop: threading.Event, now: Now = utc_now
 def open_training(store: Store, settings: CoordinatorSettings, plan: TapPlan, now: Now = utc_now) -> Training:
     """The last run with everything it had learned, or a new one."""
     run = begin_or_continue(store, settings.data_directory, plan, settings.training, now())
-    config = side_network_config(settings.training, blocks=plan.blocks, classes=len(plan.labels), mode=plan.mode)
+    anchors = open_anchors(
+        settings.training.anchors_file,
+        settings.data_directory,
+        store,
+        plan,
+        settings.checkpoints_directory / run.name,
+        width=settings.training.anchor_width,
+    )
+    config = side_network_config(
+        settings.training,
+        blocks=plan.blocks,
+        classes=len(plan.labels),
+        mode=plan.mode,
+        entry_width=anchors.width if anchors else 0,
+    )
     learner = Learner(settings.training, config)
     cache = TapCache(settings.data_directory / "tap-cache", {"run": run.name, **run.made_for}, plan.mode)
     sampler = Sampler(
@@ -92,7 +108,7 @@ def open_training(store: Store, settings: CoordinatorSettings, plan: TapPlan, no
         class_tau=settings.training.class_tau,
         replay_cap=settings.training.replay_cap,
     )
-    training = Training(run, plan, learner, sampler, cache)
+    training = Training(run, plan, learner, sampler, cache, anchors)
     progress = resume(settings.checkpoints_directory / run.name, learner)
     if progress is not None:
         _restore(training, store, progress)
@@ -157,7 +173,8 @@ def take_up(training: Training, until_row_id: int | None = None, counts: dict[in
     for number in dict.fromkeys(records["shard"].tolist()):  # in order of appearance
         shard = training.cache.shards[number]
         if shard.fingerprint not in training.learner.alignments:
-            training.learner.add_backbone(shard.fingerprint, shard.width, step=training.step)
+            anchor_map = training.anchors.fit(shard.fingerprint) if training.anchors else None
+            training.learner.add_backbone(shard.fingerprint, shard.width, step=training.step, anchor_map=anchor_map)
             log.info("backbone %s joins at step %d", shard.fingerprint, training.step)
     train = np.flatnonzero(~records["held_out"])
     drawn = None

@@ -28,6 +28,10 @@ class AlignmentConfig:
     blocks: int
 
     @property
+    def width_out(self) -> int:
+        return self.side_width
+
+    @property
     def bottleneck(self) -> int | None:
         """Rank of the projection where the width is large, None where it is a plain matrix."""
         return max(16, self.side_width // 2) if self.width_in > LOW_RANK_ABOVE else None

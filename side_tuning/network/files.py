@@ -18,15 +18,16 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from side_tuning.network.alignment import Alignment, AlignmentConfig
+from side_tuning.network.anchor_map import AnchorMap
 from side_tuning.network.side_network import SideNetwork, SideNetworkConfig
 from side_tuning.wire.messages import MAX_BLOB_BYTES, MAX_BLOCKS, MAX_LABELS, Mode
 
 MAX_HEADER_BYTES = 1 << 20
 MAX_SIDE_WIDTH = 16_384
 MAX_WIDTH_IN = 65_536
-_TYPES = {torch.float32: "F32", torch.int64: "I64"}
+_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.int64: "I64"}
 
-Network = TypeVar("Network", SideNetwork, Alignment)
+Network = TypeVar("Network", SideNetwork, Alignment, AnchorMap)
 
 
 class NetworkFileError(ValueError):
@@ -38,14 +39,15 @@ def save_ladder(ladder: SideNetwork, path: Path | None = None) -> bytes:
     return _save(ladder.state_dict(), {"kind": "ladder", **asdict(ladder.config)}, path)
 
 
-def save_alignment(alignment: Alignment, path: Path | None = None) -> bytes:
-    """The alignment as safetensors bytes; written to `path` too, if given."""
-    return _save(alignment.state_dict(), {"kind": "alignment", **asdict(alignment.config)}, path)
+def save_alignment(alignment: Alignment | AnchorMap, path: Path | None = None) -> bytes:
+    """The alignment, trained or fixed by anchors, as safetensors bytes; written to `path` too, if given."""
+    kind = "anchor-map" if isinstance(alignment, AnchorMap) else "alignment"
+    return _save(alignment.state_dict(), {"kind": kind, **asdict(alignment.config)}, path)
 
 
 def load_ladder(source: Path | bytes) -> SideNetwork:
     """Inverse of `save_ladder`, ready for inference."""
-    data, header, config = _open(source, "ladder")
+    data, header, config = _open(source, ("ladder",))
     mode = config.get("mode")
     if mode not in get_args(Mode):
         raise NetworkFileError(f"ladder: mode is {mode!r:.80}, not one of {', '.join(get_args(Mode))}")
@@ -61,6 +63,7 @@ def load_ladder(source: Path | bytes) -> SideNetwork:
             heads=_whole(config, "heads", 256),
             expansion=_whole(config, "expansion", 64),
             dropout=float(dropout),
+            entry_width=_whole({"entry_width": 0, **config}, "entry_width", MAX_WIDTH_IN, low=0),
         )
     except NetworkFileError:
         raise
@@ -71,14 +74,16 @@ def load_ladder(source: Path | bytes) -> SideNetwork:
     return _fill(ladder, data, header, "ladder")
 
 
-def load_alignment(source: Path | bytes) -> Alignment:
+def load_alignment(source: Path | bytes) -> Alignment | AnchorMap:
     """Inverse of `save_alignment`, ready for inference."""
-    data, header, config = _open(source, "alignment")
-    wanted = AlignmentConfig(
-        width_in=_whole(config, "width_in", MAX_WIDTH_IN),
-        side_width=_whole(config, "side_width", MAX_SIDE_WIDTH),
-        blocks=_whole(config, "blocks", MAX_BLOCKS),
-    )
+    data, header, config = _open(source, ("alignment", "anchor-map"))
+    width_in, blocks = _whole(config, "width_in", MAX_WIDTH_IN), _whole(config, "blocks", MAX_BLOCKS)
+    if config["kind"] == "anchor-map":
+        width_out = _whole(config, "width_out", MAX_SIDE_WIDTH)
+        with torch.device("meta"):
+            anchor_map = AnchorMap(width_in, width_out, blocks)
+        return _fill(anchor_map, data, header, "anchor-map")
+    wanted = AlignmentConfig(width_in, _whole(config, "side_width", MAX_SIDE_WIDTH), blocks)
     with torch.device("meta"):
         alignment = Alignment(wanted.width_in, wanted.side_width, wanted.blocks)
     return _fill(alignment, data, header, "alignment")
@@ -92,7 +97,8 @@ def _save(state: Mapping[str, Tensor], config: dict[str, Any], path: Path | None
     return data
 
 
-def _open(source: Path | bytes, kind: str) -> tuple[bytes, dict[str, Any], dict[str, Any]]:
+def _open(source: Path | bytes, kinds: tuple[str, ...]) -> tuple[bytes, dict[str, Any], dict[str, Any]]:
+    kind = " or ".join(kinds)
     try:
         data = source if isinstance(source, bytes) else source.read_bytes()
     except OSError as error:
@@ -105,15 +111,15 @@ def _open(source: Path | bytes, kind: str) -> tuple[bytes, dict[str, Any], dict[
         config = json.loads(header.pop("__metadata__")["config"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise NetworkFileError(f"{kind}: the safetensors header holds no readable configuration") from error
-    if not isinstance(config, dict) or config.get("kind") != kind:
+    if not isinstance(config, dict) or config.get("kind") not in kinds:
         raise NetworkFileError(f"{kind}: the file does not say that it holds the kind '{kind}'")
     return data, header, config
 
 
-def _whole(config: dict[str, Any], name: str, high: int) -> int:
+def _whole(config: dict[str, Any], name: str, high: int, *, low: int = 1) -> int:
     value = config.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= high:
-        raise NetworkFileError(f"{config['kind']}: {name} is {value!r:.80}, not a whole number from 1 to {high}")
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise NetworkFileError(f"{config['kind']}: {name} is {value!r:.80}, not a whole number from {low} to {high}")
     return value
 
 
@@ -134,7 +140,10 @@ def _fill(network: Network, data: bytes, header: dict[str, Any], kind: str) -> N
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise NetworkFileError(f"{kind}: tensor {name} holds values that are not finite")
-    if kind == "alignment" and (tensors["variance"] < 0).any():
-        raise NetworkFileError("alignment: a variance is negative")
+    for name, tensor in tensors.items():
+        if name.endswith("variance") and (tensor < 0).any():
+            raise NetworkFileError(f"{kind}: a variance is negative")
+        if name == "spread" and not (tensor > 0).all():
+            raise NetworkFileError(f"{kind}: a spread is not above zero")
     network.load_state_dict(tensors, assign=True)
     return network.eval()

@@ -4,7 +4,8 @@
     logits = Head(Norm(pool(z_B)))
 
 Block_b is a pre-norm residual block: an MLP for `pooled` taps, a small transformer layer for `sequence` taps. It knows
-tapped widths and block numbers, never the backbone.
+tapped widths and block numbers, never the backbone. Where the inputs come through anchor maps, its `entry`, one alignment
+that all backbone types share, takes them to the side width.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from side_tuning.network.alignment import Alignment
+from side_tuning.network.anchor_map import AnchorMap
 from side_tuning.wire.messages import Mode
 
 GATE_TEMPERATURE = 0.1
@@ -33,6 +35,11 @@ class SideNetworkConfig:
     heads: int = 4  # `sequence` mode
     expansion: int = 2  # hidden width of the MLPs, in side widths
     dropout: float = 0.1
+    entry_width: int = 0  # of inputs that come through anchor maps; 0: they come aligned, in the side width
+
+    @property
+    def width_in(self) -> int:
+        return self.entry_width or self.side_width
 
     def __post_init__(self) -> None:
         if self.mode == "sequence" and self.side_width % self.heads:
@@ -81,11 +88,12 @@ class TransformerBlock(nn.Module):
 
 
 class SideNetwork(nn.Module):
-    """Aligned taps `(N, B, s)`, or `(N, B, T, s)` with a mask `(N, T)`, to logits `(N, classes)`."""
+    """Aligned or anchored taps `(N, B, s)`, or `(N, B, T, s)` with a mask `(N, T)`, to logits `(N, classes)`."""
 
     def __init__(self, config: SideNetworkConfig) -> None:
         super().__init__()
         self.config = config
+        self.entry = Alignment(config.entry_width, config.side_width, config.blocks) if config.entry_width else None
         self.gate_logits = nn.Parameter(torch.zeros(config.blocks))
         block = MlpBlock if config.mode == "pooled" else TransformerBlock
         self.blocks = nn.ModuleList(block(config) for _ in range(config.blocks))
@@ -94,9 +102,11 @@ class SideNetwork(nn.Module):
         self.head = nn.Linear(config.side_width, config.classes)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        wanted = (self.config.blocks, self.config.side_width)
+        wanted = (self.config.blocks, self.config.width_in)
         if (x.shape[1], x.shape[-1]) != wanted or x.dim() != (3 if self.config.mode == "pooled" else 4):
             raise ValueError(f"side inputs of shape {tuple(x.shape)} do not fit {wanted[0]} blocks of width {wanted[1]}")
+        if self.entry is not None:
+            x = self.entry(x)
         z = torch.zeros_like(x[:, 0])
         gates = torch.sigmoid(self.gate_logits / GATE_TEMPERATURE)
         for b, block in enumerate(self.blocks):
@@ -132,7 +142,7 @@ def pad_tokens(rows: np.ndarray, tokens: list[int]) -> tuple[np.ndarray, np.ndar
     return padded, mask
 
 
-def predict_logits(alignment: Alignment, ladder: SideNetwork, inputs: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+def predict_logits(alignment: Alignment | AnchorMap, ladder: SideNetwork, inputs: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
     """Logits `(N, classes)` for block inputs `(N, B, d)` or `(N, B, T, d)`; the device and the evaluation both call this."""
     at = ladder.head.weight.device
     was_training = ladder.training
