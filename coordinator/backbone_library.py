@@ -8,15 +8,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from side_tuning.backbone_manifest import check_artifact
+from side_tuning.backbone_manifest import BackboneError, check_artifact
 
 
 def keep_artifact(data_directory: Path, folder: Path) -> Path:
     """Copy the artifact in `folder`, unless it is there already; returns the copy.
 
     Raises:
-        BackboneError: it is damaged.
-        OSError: no room, or no right to write.
+        BackboneError: it is damaged, or cannot be copied.
 
     """
     manifest = check_artifact(folder)
@@ -25,8 +24,13 @@ def keep_artifact(data_directory: Path, folder: Path) -> Path:
         return kept
     beside = kept.with_name(f".{kept.name}.new")
     shutil.rmtree(beside, ignore_errors=True)
-    shutil.copytree(folder, beside)
-    beside.rename(kept)
+    try:
+        shutil.copytree(folder, beside)
+        beside.rename(kept)
+    except OSError as error:  # shutil.Error is one, with a list of every file that failed
+        shutil.rmtree(beside, ignore_errors=True)
+        first = error.args[0][0][2] if isinstance(error, shutil.Error) else error
+        raise BackboneError(f"the artifact in {folder} cannot be copied to {kept}: {first}; free some space or correct the rights") from error
     return kept
 
 

@@ -159,17 +159,19 @@ def backbone_register(folders: list[Path], config: Config = None) -> None:
     """Accept frames from devices that run these backbones."""
     from coordinator.backbone_library import keep_artifact
     from coordinator.store.registry import register_backbone
-    from side_tuning.backbone_manifest import read_manifest
+    from side_tuning.backbone_manifest import BackboneError, read_manifest
 
     manifests = [read_manifest(folder) for folder in folders]
     with _store(config) as (settings, store):
-        for folder in folders:
-            keep_artifact(settings.data_directory, folder)
         with store.write() as session:
             for manifest in manifests:
                 register_backbone(session, manifest)
-    for manifest in manifests:
-        print(f"{manifest.fingerprint}  {_describe_backbone(manifest)}")
+        for folder, manifest in zip(folders, manifests, strict=True):
+            print(f"{manifest.fingerprint}  {_describe_backbone(manifest)}")
+            try:  # frames are welcome even where the artifact cannot be kept
+                keep_artifact(settings.data_directory, folder)
+            except BackboneError as error:
+                print(f"  registered, but not for anchors: {error}", file=sys.stderr)
 
 
 @backbone_app.command("list")
