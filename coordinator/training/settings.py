@@ -41,7 +41,7 @@ class TrainingSettings(BaseModel):
 
     # The sampler (METHOD: sampling). Shares go by stored samples to the power of tau: 1 every sample alike, 0 every device alike.
     tau: float = Field(default=0.5, ge=0, le=1)
-    class_tau: float = Field(default=0.5, ge=0, le=1)  # the same between the classes within one device
+    class_tau: float = Field(default=1.0, ge=0, le=1)  # the same between the classes within one device; below 1 raises rare ones
     min_samples: int = Field(default=256, ge=1)  # stored train samples before the first step
     replay_ratio: float = Field(default=20.0, gt=0)  # samples drawn in all, per stored train sample
     replay_cap: int = Field(default=100, ge=1)  # draws of any one sample
