@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import signal
@@ -341,22 +340,6 @@ def _describe_backbone(manifest: Any) -> str:
     return f"{manifest.family}, {manifest.layers} of {manifest.layers_total} layers, width {manifest.width}, {manifest.weights}"
 
 
-def _file_trouble(error: OSError) -> str:
-    """What a person can do about a file that cannot be read or written; empty for other failures of the system."""
-    cures = {
-        errno.ENOSPC: "free some space on the disk of data_directory",
-        errno.EDQUOT: "free some space within this user's quota",
-        errno.EROFS: "mount the disk for writing",
-        errno.EACCES: "make it accessible to this user",
-        errno.EPERM: "make it accessible to this user",
-        errno.ENOENT: "correct the path, or make the folder",
-        errno.ENOTDIR: "correct the path: a file stands where a folder should be",
-    }
-    if error.errno not in cures:
-        return ""
-    return f"{error.filename or 'a file of data_directory'}: {error.strerror}; {cures[error.errno]}"
-
-
 def main() -> None:
     """Run; what a person can put right is said in a line, with exit code 78 if it is the configuration."""
     try:
@@ -364,11 +347,12 @@ def main() -> None:
     except Exception as error:
         from pydantic import ValidationError
 
+        from coordinator.files import file_trouble
         from coordinator.settings import ConfigError
         from coordinator.store.errors import StoreError, StoreUnavailable
 
         configuration = isinstance(error, ConfigError) or (isinstance(error, StoreError) and not isinstance(error, StoreUnavailable))
-        files = _file_trouble(error) if isinstance(error, OSError) else ""
+        files = file_trouble(error) if isinstance(error, OSError) else ""
         expected = configuration or files or isinstance(error, ValueError | StoreUnavailable | RuntimeError)
         if not expected or isinstance(error, ValidationError):
             logging.getLogger(__name__).exception("unexpected failure")

@@ -1,7 +1,8 @@
-"""Files that readers never see half-written, and one that only one program can hold."""
+"""Files that readers never see half-written, one that only one program can hold, and what helps where a file fails."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -35,3 +36,19 @@ def held(path: Path, refusal: Exception) -> Iterator[None]:
         except BlockingIOError:
             raise refusal from None
         yield
+
+
+def file_trouble(error: OSError) -> str:
+    """What a person can do about a file that cannot be read or written; empty for other failures of the system."""
+    cures = {
+        errno.ENOSPC: "free some space on the disk of data_directory",
+        errno.EDQUOT: "free some space within this user's quota",
+        errno.EROFS: "mount the disk for writing",
+        errno.EACCES: "make it accessible to this user",
+        errno.EPERM: "make it accessible to this user",
+        errno.ENOENT: "correct the path, or make the folder",
+        errno.ENOTDIR: "correct the path: a file stands where a folder should be",
+    }
+    if error.errno not in cures:
+        return ""
+    return f"{error.filename or 'a file of data_directory'}: {error.strerror}; {cures[error.errno]}"

@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,12 +25,13 @@ from safetensors.numpy import load_file, save
 
 from coordinator.backbone_library import find_artifact
 from coordinator.files import write_atomically
+from coordinator.settings import ConfigError
 from coordinator.store.engine import Store
 from coordinator.store.registry import backbones
 from coordinator.training.settings import FEWEST_ANCHORS
 from side_tuning.backbone_manifest import read_manifest
 from side_tuning.network.anchor_map import CLAMP, AnchorMap
-from side_tuning.network.files import load_alignment, save_alignment
+from side_tuning.network.files import NetworkFileError, load_alignment, save_alignment
 from side_tuning.network.side_network import block_inputs
 from side_tuning.wire.codecs import round_trip
 from side_tuning.wire.messages import TapPlan
@@ -42,7 +44,7 @@ RIDGE = 0.3  # per row of standardised taps; 0.1 to 1 do alike (docs/lab-notes.m
 FORWARD_SECONDS = 1_800.0
 
 
-class AnchorError(ValueError):
+class AnchorError(ConfigError):
     """Anchors that cannot be used; the text names the file and the cure."""
 
 
@@ -92,29 +94,40 @@ class Anchors:
         texts = read_texts(file)
         kept = run_folder / "anchor-target.safetensors"
         if kept.is_file():
-            tensors = load_file(kept)
-            target = AnchorTaps(tensors["rows"], tuple(tensors["tokens"].tolist()))
-            return cls(texts, data_directory, plan, target, run_folder)
-        at_hand = [f for f in depths if find_artifact(data_directory, f) is not None]
-        if not at_hand:
-            log.warning("no backbone's artifact is at hand, so anchors are not used: register them again with `coordinator backbone register`")
+            return cls(texts, data_directory, plan, _read_target(kept), run_folder)
+        if any(run_folder.glob("[0-9]*/")):  # its weights have no place for anchors
+            log.warning(
+                "run %s began without anchors and goes on without: to use them, delete %s, and a new run begins",
+                run_folder.name, data_directory / "training-run.json",
+            )  # fmt: skip
             return None
-        reference = max(at_hand, key=lambda fingerprint: (depths[fingerprint], fingerprint))
-        taps = compute_anchor_taps(texts, data_directory, reference, plan)
-        target = AnchorTaps(main_directions(taps.rows, width), taps.tokens)
-        write_atomically(kept, save({"rows": target.rows, "tokens": np.array(target.tokens, np.int64)}))
-        log.info("%d anchors; the shared space is that of backbone %s, %d wide", len(texts), reference, target.rows.shape[-1])
-        anchors = cls(texts, data_directory, plan, target, run_folder)
-        anchors._keep(reference, taps)
-        return anchors
+        at_hand = [f for f in depths if find_artifact(data_directory, f) is not None]
+        for reference in sorted(at_hand, key=lambda fingerprint: (depths[fingerprint], fingerprint), reverse=True):
+            try:
+                taps = compute_anchor_taps(texts, data_directory, reference, plan)
+            except AnchorError as error:
+                log.warning("%s; another backbone's space is shared instead", error)
+                continue
+            target = AnchorTaps(main_directions(taps.rows, width), taps.tokens)
+            write_atomically(kept, save({"rows": target.rows, "tokens": np.array(target.tokens, np.int64)}))
+            log.info("%d anchors; the shared space is that of backbone %s, %d wide", len(texts), reference, target.rows.shape[-1])
+            anchors = cls(texts, data_directory, plan, target, run_folder)
+            anchors._keep(reference, taps)
+            return anchors
+        log.warning("no backbone's artifact is at hand, so anchors are not used: register them again with `coordinator backbone register`")
+        return None
 
     def fit(self, fingerprint: str) -> AnchorMap | None:
         """The map of one backbone type; None where its artifact is not at hand."""
         kept = self._map_file(fingerprint)
         if kept.is_file():
-            found = load_alignment(kept)
-            assert isinstance(found, AnchorMap)
-            return found
+            try:
+                found = load_alignment(kept)
+            except NetworkFileError as error:
+                log.warning("%s cannot be used (%s); it is computed again", kept, error)
+            else:
+                if isinstance(found, AnchorMap):
+                    return found
         if find_artifact(self._data_directory, fingerprint) is None:
             log.warning(
                 "backbone %s has no artifact here, so its alignment is trained without anchors: "
@@ -136,6 +149,14 @@ class Anchors:
         return self._run_folder / f"anchor-map-{fingerprint}.safetensors"
 
 
+def _read_target(file: Path) -> AnchorTaps:
+    try:
+        tensors = load_file(file)
+        return AnchorTaps(tensors["rows"], tuple(tensors["tokens"].tolist()))
+    except Exception as error:  # SafetensorError is not exported as a type
+        raise AnchorError(f"{file} is damaged ({error}): delete training-run.json in data_directory, and a new run begins") from error
+
+
 def open_anchors(
     file: Path | None, data_directory: Path, store: Store, plan: TapPlan, run_folder: Path, *, width: int
 ) -> Anchors | None:
@@ -148,13 +169,10 @@ def open_anchors(
 
 
 def digest_of(file: Path | None) -> str:
-    """Names the anchors in what a run was made for; empty without a file."""
+    """Names the texts in what a run was made for; empty without a file."""
     if file is None:
         return ""
-    try:
-        return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-    except OSError as error:
-        raise AnchorError(f"training.anchors_file {file} cannot be read: {error.strerror}; give a file of texts or leave the setting out") from error
+    return hashlib.sha256(json.dumps(read_texts(file)).encode()).hexdigest()[:16]
 
 
 def read_texts(file: Path) -> list[object]:
@@ -167,8 +185,10 @@ def read_texts(file: Path) -> list[object]:
                     texts[_text(line.strip(), file, number)] = None
                 if len(texts) == MOST_TEXTS:
                     break
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise AnchorError(f"training.anchors_file {file} cannot be read: {error}; give UTF-8 text, plain or .gz") from error
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise AnchorError(
+            f"training.anchors_file {file} cannot be read: {error}; give UTF-8 text, plain or .gz, or leave the setting out"
+        ) from error
     if len(texts) < FEWEST_ANCHORS:
         raise AnchorError(f"training.anchors_file {file} has {len(texts)} different texts; give at least {FEWEST_ANCHORS}, better 500")
     return list(texts)
@@ -179,10 +199,12 @@ def _text(line: str, file: Path, number: int) -> object:
         return line
     try:
         row = json.loads(line)
-        text = row.get("text") or (row["text_a"], row["text_b"])
-    except (ValueError, KeyError) as error:
-        raise AnchorError(f'{file}, line {number}: no text; rows look like {{"text": "..."}}') from error
-    return text
+    except ValueError:
+        row = {}
+    parts = (row["text"],) if "text" in row else (row.get("text_a"), row.get("text_b"))
+    if not all(isinstance(part, str) and part.strip() for part in parts):
+        raise AnchorError(f'training.anchors_file {file}, line {number}: no text; rows look like {{"text": "..."}}; correct the line')
+    return parts[0] if len(parts) == 1 else parts
 
 
 def compute_anchor_taps(texts: list[object], data_directory: Path, fingerprint: str, plan: TapPlan) -> AnchorTaps:

@@ -55,7 +55,12 @@ class Progress:
 def save_checkpoint(
     folder: Path, learner: Learner, progress: Progress, *, run: str, plan: TapPlan, metrics: Mapping[str, float], created_at: float
 ) -> Path:
-    """Write the folder of `progress.step` under `folder` (the run's) and return it; an existing one is kept as it is."""
+    """Write the folder of `progress.step` under `folder` (the run's) and return it; an existing one is kept as it is.
+
+    Raises:
+        OSError: no room, or no right to write; nothing is left behind.
+
+    """
     final = folder / f"{progress.step:08d}"
     if final.exists():
         return final
@@ -76,14 +81,18 @@ def save_checkpoint(
     files[DESCRIPTION] = json.dumps(description, indent=1).encode()
     beside = folder / f".{final.name}.new"
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    for name, data in files.items():
-        with (beside / name).open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    _sync_folder(beside)
-    beside.rename(final)
+    try:
+        beside.mkdir(parents=True)
+        for name, data in files.items():
+            with (beside / name).open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        _sync_folder(beside)
+        beside.rename(final)
+    except OSError:
+        shutil.rmtree(beside, ignore_errors=True)  # a full disk needs the room
+        raise
     _sync_folder(folder)
     return final
 

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -170,10 +171,20 @@ class TapCache:
         self._index = GrowingArray(RECORD)
         self._write_description()
 
+    def roll_back(self) -> None:
+        """After a failed write: forget everything since the last commit that is on disk."""
+        self.close()
+        self._index = GrowingArray(RECORD)
+        reason = self._load()
+        if reason:
+            raise RuntimeError(f"the tap cache {self.folder} {reason}; start the trainer again, it is then made anew from the store")
+
     def close(self) -> None:
         self._maps.clear()
         for file in self._files.values():
-            file.close()
+            # What cannot be written now was not committed either.
+            with suppress(OSError):
+                file.close()
         self._files.clear()
 
     # Files.

@@ -16,12 +16,13 @@ from datetime import datetime, timezone
 import numpy as np
 import torch
 
+from coordinator.files import file_trouble
 from coordinator.settings import CoordinatorSettings
 from coordinator.store.engine import Store, open_store
 from coordinator.store.errors import StoreUnavailable
 from coordinator.store.registry import newest_plan
 from coordinator.store.training import insert_checkpoint, insert_evaluation, latest_checkpoint
-from coordinator.training.anchors import Anchors, open_anchors
+from coordinator.training.anchors import AnchorError, Anchors, open_anchors
 from coordinator.training.checkpoints import Progress, metrics_of, prune_checkpoints, resume, save_checkpoint
 from coordinator.training.evaluation import Measurement, evaluate, metrics
 from coordinator.training.learner import Learner, side_network_config
@@ -29,6 +30,8 @@ from coordinator.training.run_state import RunIdentity, begin_or_continue, what_
 from coordinator.training.sampler import GrowingArray, Sampler
 from coordinator.training.take_in import SAMPLES_AT_A_TIME, take_in
 from coordinator.training.tap_cache import TapCache
+from coordinator.training.troubles import Troubles
+from side_tuning.network.anchor_map import AnchorMap
 from side_tuning.wire.messages import TapPlan
 
 log = logging.getLogger(__name__)
@@ -58,7 +61,8 @@ class Training:
     measurements: list[Measurement] = field(default_factory=list)
     saved_step: int = 0
     offered_step: int = 0  # the store knows of this one
-    store_failures: int = 0  # in a row
+    troubles: Troubles = field(default_factory=Troubles)
+    told: set[str] = field(default_factory=set)  # why samples are skipped, as far as logged
 
 
 def run(settings: CoordinatorSettings, stop: threading.Event, now: Now = utc_now) -> None:
@@ -67,13 +71,24 @@ def run(settings: CoordinatorSettings, stop: threading.Event, now: Now = utc_now
     if settings.training.device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("training.device is cuda, but torch finds no CUDA device: set it to cpu, or install a CUDA build of torch")
     store = open_store(settings.database_url)
+    troubles = Troubles()
+    waiting = False
     try:
         while not stop.is_set():
             plan = _fleet_plan(store)
             if plan is None:
+                if not waiting:
+                    log.info("waiting for a tap plan: register a backbone with `coordinator backbone register`, and start the gateway")
+                waiting = True
                 stop.wait(settings.training.poll_seconds)
                 continue
-            training = open_training(store, settings, plan, now)
+            try:
+                training = open_training(store, settings, plan, now)
+            except OSError as error:
+                troubles.note("no run can begin or go on", error)
+                stop.wait(settings.training.poll_seconds)
+                continue
+            troubles.over("no run can begin or go on")
             try:
                 train(training, store, settings, stop, now)
             finally:
@@ -122,11 +137,18 @@ def train(training: Training, store: Store, settings: CoordinatorSettings, stop:
     knobs = settings.training
     began = time.monotonic()
     polled_at = evaluated_at = saved_at = stepped_at = began
-    behind = True
+    behind, waiting = True, False
     while not stop.is_set():
         clock = time.monotonic()
         if behind or clock - polled_at >= knobs.poll_seconds:
             behind, polled_at = _look_for_samples(training, store), clock
+            if not (behind or waiting) and training.sampler.samples < knobs.min_samples:
+                waiting = True
+                log.info(
+                    "waiting for samples: %d labelled train samples are stored, training begins at %d (training.min_samples)",
+                    training.sampler.samples,
+                    knobs.min_samples,
+                )
             if _plan_changed(training, store, settings):
                 break
             _offer(training, store, settings, now)
@@ -173,8 +195,9 @@ def take_up(training: Training, until_row_id: int | None = None, counts: dict[in
     for number in dict.fromkeys(records["shard"].tolist()):  # in order of appearance
         shard = training.cache.shards[number]
         if shard.fingerprint not in training.learner.alignments:
-            anchor_map = training.anchors.fit(shard.fingerprint) if training.anchors else None
-            training.learner.add_backbone(shard.fingerprint, shard.width, step=training.step, anchor_map=anchor_map)
+            training.learner.add_backbone(
+                shard.fingerprint, shard.width, step=training.step, anchor_map=_anchor_map(training, shard.fingerprint)
+            )
             log.info("backbone %s joins at step %d", shard.fingerprint, training.step)
     train = np.flatnonzero(~records["held_out"])
     drawn = None
@@ -183,6 +206,16 @@ def take_up(training: Training, until_row_id: int | None = None, counts: dict[in
     training.sampler.add(records["device"][train], records["label"][train], drawn)
     training.numbers.append(train + training.seen)
     training.seen += len(records)
+
+
+def _anchor_map(training: Training, fingerprint: str) -> AnchorMap | None:
+    """The map of a backbone type that joins; without one, its alignment is trained."""
+    try:
+        return training.anchors.fit(fingerprint) if training.anchors else None
+    except (AnchorError, OSError) as error:
+        said = (file_trouble(error) if isinstance(error, OSError) else "") or error
+        log.warning("backbone %s joins without anchors, its alignment is trained: %s", fingerprint, said)
+        return None
 
 
 def progress_of(training: Training) -> Progress:
@@ -222,9 +255,19 @@ def _look_for_samples(training: Training, store: Store) -> bool:
     try:
         read = take_in(store, training.cache, training.plan)
     except StoreUnavailable as error:
-        _note_failure(training, "samples cannot be read", error)
+        training.troubles.note("samples cannot be read", error)
         return False
-    training.store_failures = 0
+    except OSError as error:
+        training.troubles.note("samples cannot be taken into the tap cache", error)
+        training.cache.roll_back()
+        return False
+    training.troubles.over("samples cannot be read")
+    if read:
+        training.troubles.over("samples cannot be taken into the tap cache")
+    for reason, count in training.cache.skipped.items():
+        if reason not in training.told:
+            training.told.add(reason)
+            log.warning("samples that cannot be used, %d so far: %s", count, reason)
     take_up(training)
     return read >= SAMPLES_AT_A_TIME
 
@@ -233,8 +276,9 @@ def _plan_changed(training: Training, store: Store, settings: CoordinatorSetting
     try:
         plan = _fleet_plan(store)
     except StoreUnavailable as error:
-        _note_failure(training, "the tap plan cannot be read", error)
+        training.troubles.note("the tap plan cannot be read", error)
         return False
+    training.troubles.over("the tap plan cannot be read")
     if plan is None or plan == training.plan:
         return False
     if what_is_learned(plan, settings.training) != what_is_learned(training.plan, settings.training):
@@ -260,15 +304,12 @@ def _evaluate(training: Training, store: Store, settings: CoordinatorSettings, n
             for m in training.measurements:
                 insert_evaluation(session, training.run.name, training.step, m.scope, m.name, m.accuracy, m.loss, m.samples, at)
     except StoreUnavailable as error:
-        _note_failure(training, f"evaluation of step {training.step} cannot be stored", error)
+        training.troubles.note("evaluations cannot be stored", error)
+    else:
+        training.troubles.over("evaluations cannot be stored")
     figures = metrics(training.measurements)
-    log.info(
-        "step %d: %d train samples, accuracy %.3f, worst device %.3f",
-        training.step,
-        training.sampler.samples,
-        figures.get("accuracy", 0.0),
-        figures.get("worst_device_accuracy", 0.0),
-    )
+    said = "accuracy {accuracy:.3f}, worst device {worst_device_accuracy:.3f}".format(**figures) if figures else "no held-out samples"
+    log.info("step %d: %d train samples, %s", training.step, training.sampler.samples, said)
 
 
 def _checkpoint_due(training: Training, *, settled: bool, seconds: float, settings: CoordinatorSettings) -> bool:
@@ -276,7 +317,7 @@ def _checkpoint_due(training: Training, *, settled: bool, seconds: float, settin
         return False
     knobs = settings.training
     if training.saved_step == 0:  # what a fleet has learned first goes out soon
-        return settled or seconds >= min(knobs.evaluate_every_seconds, knobs.checkpoint_every_seconds)
+        return (settled and seconds >= knobs.settle_seconds) or seconds >= min(knobs.evaluate_every_seconds, knobs.checkpoint_every_seconds)
     return seconds >= knobs.checkpoint_every_seconds / (4 if settled else 1)
 
 
@@ -285,15 +326,20 @@ def _save(training: Training, store: Store, settings: CoordinatorSettings, now: 
         _evaluate(training, store, settings, now)
     figures = {**metrics(training.measurements), "train_samples": float(training.sampler.samples)}
     folder = settings.checkpoints_directory / training.run.name
-    save_checkpoint(
-        folder,
-        training.learner,
-        progress_of(training),
-        run=training.run.name,
-        plan=training.plan,
-        metrics=figures,
-        created_at=now().timestamp(),
-    )
+    try:
+        save_checkpoint(
+            folder,
+            training.learner,
+            progress_of(training),
+            run=training.run.name,
+            plan=training.plan,
+            metrics=figures,
+            created_at=now().timestamp(),
+        )
+    except OSError as error:
+        training.troubles.note("checkpoints cannot be saved", error)
+        return
+    training.troubles.over("checkpoints cannot be saved")
     training.saved_step = training.step
     _offer(training, store, settings, now)
     prune_checkpoints(folder, settings.training.keep_checkpoints)
@@ -310,13 +356,8 @@ def _offer(training: Training, store: Store, settings: CoordinatorSettings, now:
                 session, training.run.name, training.saved_step, str(path.resolve()), metrics_of(path), now()
             )
     except StoreUnavailable as error:
-        _note_failure(training, f"checkpoint of step {training.saved_step} is saved but cannot be offered", error)
+        training.troubles.note("checkpoints are saved but cannot be offered", error)
         return
+    training.troubles.over("checkpoints are saved but cannot be offered")
     training.offered_step = training.saved_step
     log.info("checkpoint %d: step %d in %s", generation, training.saved_step, path)
-
-
-def _note_failure(training: Training, what: str, error: StoreUnavailable) -> None:
-    training.store_failures += 1
-    level = logging.WARNING if training.store_failures == 1 else logging.DEBUG
-    log.log(level, "%s for now (failure %d in a row): %s", what, training.store_failures, error)
