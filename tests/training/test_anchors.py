@@ -6,6 +6,8 @@ import gzip
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -143,6 +145,20 @@ def test_other_texts_begin_a_new_run_and_wrong_ones_leave_the_run_as_it_is(
     assert run_name() != first
 
 
+def test_the_trainer_ends_with_78_and_one_line_where_the_file_is_wrong(store: Store, tmp_path: Path) -> None:
+    prepare(store)
+    config = tmp_path / "coordinator.toml"
+    config.write_text(
+        f'data_directory = "{tmp_path}/data"\ndatabase_url = "sqlite:///{tmp_path}/store.db"\n[broker]\nhost = "localhost"\n'
+        f'[task]\nlabels = ["light", "music", "door"]\n[training]\nanchors_file = "{tmp_path}/absent.txt"\n'
+    )
+    command = [sys.executable, "-m", "coordinator.cli", "train", "--config", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 78
+    assert "absent.txt cannot be read" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 # Real backbones.
 
 
@@ -224,7 +240,7 @@ def test_anchors_let_unlike_backbones_teach_each_other_classes_that_they_lack(
     train, held_out = [], []
     for half, fingerprint in enumerate(artifacts):
         inputs = compute_anchor_taps([row.text for row in rows], tmp_path / "data", fingerprint, REAL_PLAN).rows
-        own = np.flatnonzero((labels[:1000] % 2 == half))
+        own = np.flatnonzero(labels[:1000] % 2 == half)
         train.append(Activations(f"device-{half}", fingerprint, inputs[own], labels[own]))
         held_out.append(Activations(f"device-{half}", fingerprint, inputs[1000:], labels[1000:]))
     knobs = TrainingSettings(side_width=64, batch_size=64, replay_ratio=15)

@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save as save_arrays
 
 from coordinator.settings import CoordinatorSettings
 from coordinator.store.engine import Store
 from coordinator.store.registry import insert_plan
 from coordinator.store.training import checkpoints, evaluations
 from coordinator.training import trainer
+from coordinator.training.anchors import fit_anchor_map
 from coordinator.training.checkpoints import (
     CheckpointError,
     load_checkpoint,
@@ -26,9 +28,11 @@ from coordinator.training.checkpoints import (
     saved_steps,
 )
 from coordinator.training.evaluation import evaluate
+from coordinator.training.run_state import begin_or_continue
 from coordinator.training.take_in import take_in
 from coordinator.training.trainer import Training, may_step, open_training, progress_of, take_step, take_up
-from side_tuning.network.files import load_alignment, load_ladder
+from side_tuning.network.anchor_map import AnchorMap
+from side_tuning.network.files import load_alignment, load_ladder, save_alignment
 from side_tuning.network.side_network import predict_logits
 from tests.training import small_fleet
 from tests.training.small_fleet import DEEP, SHALLOW, arrive, frame, mixed_fleet, plan, prepare, settings
@@ -99,6 +103,45 @@ def test_two_hundred_steps_equal_one_hundred_a_crash_and_one_hundred(store: Stor
         take_step(resumed, chosen)
     assert resumed.run == straight.run
     assert set(resumed.learner.alignments) == {SHALLOW, DEEP}
+    assert same_bits(straight, resumed)
+
+
+@pytest.mark.parametrize("anchored", [{SHALLOW, DEEP}, {SHALLOW}, {DEEP}], ids=["both", "not the late one", "only the late one"])
+def test_anchors_change_nothing_about_resuming(store: Store, tmp_path: Path, anchored: set[str]) -> None:
+    """A backbone without a map falls back to a trained alignment; one joins late, after the checkpoint."""
+    file = tmp_path / "anchors.txt"
+    file.write_text("".join(f"text {n}\n" for n in range(60)))
+    chosen = settings(tmp_path, replay_ratio=1000, anchors_file=file)
+    prepare(store)
+    arrive(store, [f for f in mixed_fleet() if f.backbone == SHALLOW])
+    # The maps as an earlier start would have kept them; the small fleet's backbones have no artifacts.
+    run = begin_or_continue(store, chosen.data_directory, plan(), chosen.training, small_fleet.AT)
+    folder = chosen.checkpoints_directory / run.name
+    folder.mkdir(parents=True)
+    target = np.random.default_rng(0).normal(size=(60, 2, 8)).astype(np.float32)
+    (folder / "anchor-target.safetensors").write_bytes(save_arrays({"rows": target, "tokens": np.ones(60, np.int64)}))
+    for fingerprint in anchored:
+        taps = np.random.default_rng(1).normal(size=(60, 2, small_fleet.WIDTHS[fingerprint])).astype(np.float32)
+        save_alignment(fit_anchor_map(taps, target), folder / f"anchor-map-{fingerprint}.safetensors")
+    straight = opened(store, chosen)
+    assert straight.run == run
+    for step in range(200):
+        if step == 100:
+            save(straight, chosen)
+        if step == 150:
+            arrive(store, [f for f in mixed_fleet() if f.backbone == DEEP])
+            take_in(store, straight.cache, straight.plan)
+            take_up(straight)
+        take_step(straight, chosen)
+    straight.cache.close()
+    resumed = open_training(store, chosen, plan())
+    assert resumed.step == 100
+    for step in range(100, 200):
+        if step == 150:
+            take_in(store, resumed.cache, resumed.plan)
+            take_up(resumed)
+        take_step(resumed, chosen)
+    assert {f for f, a in resumed.learner.alignments.items() if isinstance(a, AnchorMap)} == anchored
     assert same_bits(straight, resumed)
 
 
