@@ -219,7 +219,7 @@ def test_a_damaged_artifact_is_passed_over(
     with pytest.raises(AnchorError, match=deepest):
         anchors.fit(deepest)
     (tmp_path / "run" / "anchor-target.safetensors").write_bytes(b"damaged")
-    with pytest.raises(AnchorError, match="delete training-run.json"):
+    with pytest.raises(AnchorError, match=r"delete training-run\.json"):
         opened(texts_file(tmp_path, TEXTS))
 
 
