@@ -9,7 +9,13 @@ import torch
 from safetensors.torch import save
 
 from side_tuning.network.anchor_map import AnchorMap
-from side_tuning.network.files import NetworkFileError, load_alignment, load_ladder, save_alignment, save_ladder
+from side_tuning.network.files import (
+    NetworkFileError,
+    load_alignment,
+    load_ladder,
+    save_alignment,
+    save_ladder,
+)
 from side_tuning.network.side_network import SideNetwork, SideNetworkConfig
 
 CONFIG = {"kind": "anchor-map", "width_in": 6, "width_out": 4, "blocks": 2}
