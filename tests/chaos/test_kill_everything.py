@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from coordinator.demonstration.data import Dataset, Partition, deal, load_dataset
+from coordinator.demonstration.data import Dataset, Partition, deal, load_dataset, write_anchors
 from coordinator.demonstration.demo import prepare_coordinator
 from coordinator.demonstration.fleet import (
     DemoDevice,
@@ -94,9 +94,12 @@ def fleet(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     shares = deal(dataset, Partition.parse("iid"), DEVICES, SEED)
     backbones = prepare_backbones(4, tmp_path_factory.getbasetemp() / "backbones", lambda _: None)[2:]
     devices = make_devices(shares, backbones, tmp_path / "devices", producing_seconds=PRODUCING_SECONDS, seed=SEED)
+    anchors_file = tmp_path / "anchors.jsonl"
+    write_anchors([row.text for row in whole.train[-100:]], anchors_file)
     config = tmp_path / "coordinator.toml"
     write_coordinator_config(
-        config, dataset, data=tmp_path / "coordinator", port=free_port(), seconds=90, seed=SEED, train_samples=TRAIN_ROWS
+        config, dataset, data=tmp_path / "coordinator", port=free_port(), seconds=90, seed=SEED, train_samples=TRAIN_ROWS,
+        anchors_file=anchors_file,
     )
     settings = load_settings(config)
     prepare_coordinator(settings, devices)

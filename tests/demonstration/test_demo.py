@@ -61,7 +61,7 @@ def test_a_fleet_learns_and_every_device_measures_what_the_coordinator_measured(
 
     assert set(fleet) >= FLEET_FIGURES
     assert fleet["ledger_balanced"] is True
-    assert (fleet["samples_stored"], fleet["frames_rejected"]) == (1400, 0)
+    assert (fleet["samples_stored"], fleet["frames_rejected"]) == (1280, 0)  # of 1,400 rows 120 are set aside as anchors
     assert 300 < fleet["bytes_per_sample"] < 700
     assert fleet["checkpoints_published"] >= 1
     assert fleet["accuracy"] > 0.4  # a guess is right 5 % of the time
