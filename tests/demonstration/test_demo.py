@@ -46,6 +46,8 @@ def demo(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
         [sys.executable, "-m", "coordinator.cli", "demo", "--state", str(tmp_path / "state"), *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         env={**os.environ, "COLUMNS": "120"},
+        # As from a terminal: a shell's background jobs, and all that they start, have it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - this test has no threads
     )  # fmt: skip
 
 

@@ -37,7 +37,10 @@ def devices(tmp_path: Path) -> list[DemoDevice]:
 def test_the_coordinator_reads_its_file(tmp_path):
     dataset = load_dataset()
     config = tmp_path / "coordinator.toml"
-    write_coordinator_config(config, dataset, data=tmp_path / "data", port=4711, seconds=100, seed=3, train_samples=400)
+    anchors_file = tmp_path / "anchors.jsonl"
+    write_coordinator_config(
+        config, dataset, data=tmp_path / "data", port=4711, seconds=100, seed=3, train_samples=400, anchors_file=anchors_file
+    )
     settings = load_settings(config)
     assert settings.task.labels == dataset.labels
     assert (settings.broker.port, settings.broker.tls, settings.training.seed, settings.training.min_samples) == (4711, False, 3, 50)
