@@ -9,6 +9,7 @@ from optimum.quanto import QLinear, qint4, qint8
 from side_tuning.quantized_layers import Int4Linear, Int8Embedding, Int8Linear
 
 
+@pytest.mark.timeout(900)  # quanto compiles its own kernels the first time, if there is a compiler
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("inputs", "outputs"), [(128, 32), (384, 1536), (1536, 384), (172, 65), (7, 3), (96, 33)])
 @pytest.mark.parametrize("weights", ["int8", "int4"])
