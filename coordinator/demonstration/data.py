@@ -279,3 +279,12 @@ def write_share(share: Share, folder: Path, random: np.random.Generator) -> tupl
     samples.write_text("\n".join(lines) + "\n", encoding="utf-8")
     held_out.write_text("".join(row.as_json("held-out") + "\n" for row in share.test), encoding="utf-8")
     return samples, held_out
+
+
+def held_out_among(samples: Path, rows_read: int, out: Path) -> int:
+    """Write the held-out rows among the first `rows_read` of `samples` to `out`; returns how many."""
+    with samples.open(encoding="utf-8") as lines:
+        read = [line for line, _ in zip(lines, range(rows_read), strict=False)]
+    kept = [line for line in read if json.loads(line)["split"] == "held-out"]
+    out.write_text("".join(kept), encoding="utf-8")
+    return len(kept)

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from coordinator.demonstration.comparison import Comparison, compare
+from coordinator.demonstration.data import held_out_among
 from coordinator.demonstration.errors import DemoError
 from coordinator.demonstration.fleet import DemoDevice
 from coordinator.demonstration.observation import Observation, accuracy_at
@@ -63,7 +64,7 @@ def _measure_at_rest(fleet: RunningFleet, seen: Observation, measured: Measured)
     view = fleet.view
     view.phase("each device measures itself with the checkpoint that it received")
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        found = pool.map(_measure_on_device, fleet.devices)
+        found = pool.map(lambda device: _measure_on_device(device, _rows_read(seen, device)), fleet.devices)
         measured.on_device = {device.name: one for device, one in zip(fleet.devices, found, strict=True) if one is not None}
     for device in fleet.devices:
         if device.name not in measured.on_device:
@@ -75,7 +76,7 @@ def _measure_at_rest(fleet: RunningFleet, seen: Observation, measured: Measured)
     training = fleet.settings.training
     measured.comparison = compare(
         fleet.devices,
-        {device.name: seen.produced(device.name) + seen.refused(device.name) for device in fleet.devices},
+        {device.name: _rows_read(seen, device) for device in fleet.devices},
         seen.plan,
         training,
         folder=fleet.folder / "comparison",
@@ -85,11 +86,19 @@ def _measure_at_rest(fleet: RunningFleet, seen: Observation, measured: Measured)
     )
 
 
-def _measure_on_device(device: DemoDevice) -> OnDevice | None:
+def _rows_read(seen: Observation, device: DemoDevice) -> int:
+    return seen.produced(device.name) + seen.refused(device.name)
+
+
+def _measure_on_device(device: DemoDevice, rows_read: int) -> OnDevice | None:
+    """On the held-out rows that it has sent, so that coordinator and device speak of the same ones."""
     program = [sys.executable, "-m", "edge_agent.cli", "infer", "--config", str(device.config_file)]
     if not (device.state_directory / "checkpoints").is_dir():
         return None
-    said = run_program(f"measuring {device.name}", [*program, "--file", str(device.held_out_file), "--json"], INFERRING_SECONDS)
+    held_out = device.folder / "held-out-read.jsonl"
+    if not held_out_among(device.samples_file, rows_read, held_out):
+        return None
+    said = run_program(f"measuring {device.name}", [*program, "--file", str(held_out), "--json"], INFERRING_SECONDS)
     body = json.loads(said)
     return OnDevice(float(body["accuracy"]), int(body["checkpoint"]), float(body["peak_rss_mb"]))
 

@@ -9,7 +9,16 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from coordinator.demonstration.data import DataError, Dataset, Partition, Row, deal, load_dataset, write_share
+from coordinator.demonstration.data import (
+    DataError,
+    Dataset,
+    Partition,
+    Row,
+    deal,
+    held_out_among,
+    load_dataset,
+    write_share,
+)
 
 
 def write(folder, train, test, *, meta=None, compressed=False):
@@ -161,3 +170,14 @@ def test_test_rows_come_up_in_the_first_part_of_the_file(tmp_path):
     assert len(rows) == len(share.train) + len(share.test)
     assert Counter(row["split"] for row in rows[:450]) == {"train": 250, "held-out": 200}
     assert [json.loads(line)["text"] for line in held_out.read_text().splitlines()] == [row.text for row in share.test]
+
+
+def test_a_run_cut_short_is_measured_on_the_held_out_rows_that_were_read(tmp_path):
+    dataset = load_dataset()
+    samples, _ = write_share(deal(dataset, Partition.parse("iid"), 4, 1)[0], tmp_path, np.random.default_rng(1))
+    lines = samples.read_text(encoding="utf-8").splitlines()
+    wanted = [line for line in lines[:100] if '"split": "held-out"' in line]
+    assert 0 < len(wanted) < 100
+    assert held_out_among(samples, 100, tmp_path / "read.jsonl") == len(wanted)
+    assert (tmp_path / "read.jsonl").read_text(encoding="utf-8").splitlines() == wanted
+    assert held_out_among(samples, 10**6, tmp_path / "read.jsonl") == sum('"split": "held-out"' in line for line in lines)
