@@ -47,7 +47,6 @@ class DemoDevice:
     backbone: PreparedBackbone
     folder: Path
     samples_file: Path
-    held_out_file: Path
     samples: int
     rate_per_second: float
 
@@ -115,11 +114,11 @@ def make_devices(
     for number, share in enumerate(shares):
         name = NAMES[number] if number < len(NAMES) else f"device-{number + 1:02d}"
         own = folder / name
-        samples_file, held_out_file = write_share(share, own, random)
+        samples_file, _ = write_share(share, own, random)
         samples = len(share.train) + len(share.test)
         rate = samples / (PACES[number % len(PACES)] * producing_seconds)
         devices.append(
-            DemoDevice(name, backbones[number % len(backbones)], own, samples_file, held_out_file, samples, round(rate, 3))
+            DemoDevice(name, backbones[number % len(backbones)], own, samples_file, samples, round(rate, 3))
         )
     return devices
 
