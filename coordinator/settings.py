@@ -102,6 +102,19 @@ class PublishingSettings(_Section):
     part_bytes: int = Field(default=131_072, ge=1024, le=16 * _MIB)  # passes every broker's default packet limit
 
 
+class EnrolmentSettings(_Section):
+    """How devices get their certificates (coordinator/enrolment.py)."""
+
+    approval: Literal["automatic", "manual"] = "automatic"  # manual: a valid claim waits for `coordinator devices approve`
+    claims_port: int = Field(default=8884, ge=1, le=65_535)  # the broker's listener for claims
+    public_host: str = ""  # the broker as devices reach it; empty: broker.host
+    public_port: int | None = Field(default=None, ge=1, le=65_535)  # none: broker.port
+    public_claims_port: int | None = Field(default=None, ge=1, le=65_535)  # none: claims_port
+    certificate_days: float = Field(default=90.0, gt=0, le=3650)  # of a device's certificate; it renews itself at two thirds
+    authority_directory: Path | None = None  # the authorities' keys; none: data_directory / "authority"
+    broker_directory: Path | None = None  # what the broker reads: its key, authorities, revocation lists; none: data_directory / "broker"
+
+
 class CoordinatorSettings(BaseSettings):
     """Everything that `coordinator` programs can be told."""
 
@@ -112,6 +125,7 @@ class CoordinatorSettings(BaseSettings):
     data_directory: Path
     database_url: str = Field(default="", validate_default=True)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
     broker: BrokerSettings
     task: TaskSettings
     plan: PlanSettings = PlanSettings()
@@ -119,6 +133,7 @@ class CoordinatorSettings(BaseSettings):
     gateway: GatewaySettings = GatewaySettings()
     publishing: PublishingSettings = PublishingSettings()
     retention: RetentionSettings = RetentionSettings()
+    enrolment: EnrolmentSettings = EnrolmentSettings()
 
     @field_validator("data_directory")
     @classmethod
@@ -140,6 +155,14 @@ class CoordinatorSettings(BaseSettings):
     def public_key_file(self) -> Path:
         """The public half in hexadecimal: what goes to every device as `checkpoint.public_key_file`."""
         return self.data_directory / "checkpoint-signing.pub"
+
+    @property
+    def authority_directory(self) -> Path:
+        return self.enrolment.authority_directory or self.data_directory / "authority"
+
+    @property
+    def broker_directory(self) -> Path:
+        return self.enrolment.broker_directory or self.data_directory / "broker"
 
     @property
     def checkpoints_directory(self) -> Path:

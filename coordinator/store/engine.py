@@ -23,7 +23,7 @@ from coordinator.store.errors import StoreError, StoreUnavailable
 logger = logging.getLogger(__name__)
 
 # The newest revision in migrations/versions. Revisions are numbers, so an older program can tell a newer schema.
-SCHEMA_REVISION = "0001"
+SCHEMA_REVISION = "0002"
 CURE = "run `coordinator database upgrade`"
 
 _BUSY_TIMEOUT_SECONDS = 30.0

@@ -300,3 +300,94 @@ class Checkpoint(Base):
     published_at: Mapped[datetime | None]
 
     run: Mapped[Run] = relationship(lazy="raise")
+
+
+class Identity(Base):
+    """What the fleet's owner decided about a device: that it may come in, that it may no more. Lives beside `devices`,
+    whose rows begin with the first message.
+    """
+
+    __tablename__ = "identities"
+
+    device: Mapped[str] = mapped_column(String(64), primary_key=True)
+    group: Mapped[str] = mapped_column(String(64), default="")  # for filters on screen; no rule looks at it
+    created_at: Mapped[datetime]  # the first claim
+    enrolled_at: Mapped[datetime | None]  # the first certificate
+    revoked_at: Mapped[datetime | None]
+    revoked_reason: Mapped[str] = mapped_column(Text, default="")
+
+
+class Claim(Base):
+    """A one-time right to ask for a device's first certificate. `id` is the name in the claim's certificate."""
+
+    __tablename__ = "claims"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    device: Mapped[str] = mapped_column(String(64), index=True)
+    serial: Mapped[str] = mapped_column(String(40))  # of the claim's own certificate, for the revocation list
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime]
+    withdrawn_at: Mapped[datetime | None]
+    # A request that waits for `devices approve`, where approval is manual.
+    requested_at: Mapped[datetime | None]
+    request: Mapped[bytes | None]  # the CSR, PEM
+    approved_at: Mapped[datetime | None]
+    # Spent: `key_digest` is the key it was spent on, so that a repeated request gets the same certificate again.
+    spent_at: Mapped[datetime | None]
+    key_digest: Mapped[str | None] = mapped_column(String(64))
+
+
+class Certificate(Base):
+    """A device certificate ever issued."""
+
+    __tablename__ = "certificates"
+
+    serial: Mapped[str] = mapped_column(String(40), primary_key=True)  # lower-case hexadecimal
+    device: Mapped[str] = mapped_column(String(64), index=True)
+    key_digest: Mapped[str] = mapped_column(String(64))  # sha256 of the public key (SubjectPublicKeyInfo, DER)
+    pem: Mapped[bytes]
+    issued_at: Mapped[datetime]
+    expires_at: Mapped[datetime]
+    claim: Mapped[str | None] = mapped_column(String(64))  # none: a renewal
+    seen_at: Mapped[datetime | None]  # first health message that names it
+    revoked_at: Mapped[datetime | None]
+    revoked_reason: Mapped[str] = mapped_column(Text, default="")
+
+
+class AuditEntry(Base):
+    """Who did what to whose access, or tried to."""
+
+    __tablename__ = "audit"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    at: Mapped[datetime] = mapped_column(index=True)
+    actor: Mapped[str] = mapped_column(String(64))  # "operator", "dashboard", "enrolment", a claim's or a device's name
+    action: Mapped[str] = mapped_column(String(64), index=True)  # "claim issued", "certificate refused", "device revoked" ...
+    device: Mapped[str | None] = mapped_column(String(64), index=True)
+    outcome: Mapped[str] = mapped_column(String(16))  # "done" or "denied"
+    detail: Mapped[str] = mapped_column(Text, default="")
+
+
+class CommandRow(Base):
+    """An order to a device, written by a person, sent by the gateway."""
+
+    __tablename__ = "commands"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    device: Mapped[str] = mapped_column(String(64), index=True)
+    name: Mapped[str] = mapped_column(String(32))
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime]
+    created_by: Mapped[str] = mapped_column(String(64))
+    sent_at: Mapped[datetime | None]
+
+
+class ProgramRow(Base):
+    """A server program's newest word of itself: alive at `at`, with figures that only it can know."""
+
+    __tablename__ = "programs"
+
+    name: Mapped[str] = mapped_column(String(32), primary_key=True)
+    started_at: Mapped[datetime]
+    at: Mapped[datetime]
+    status: Mapped[dict[str, Any]]

@@ -19,7 +19,7 @@ Mode = Literal["pooled", "sequence"]
 Pooling = Literal["mean", "first", "last"]
 CodecName = Literal["fp16", "int8", "int4", "int2"]
 Presence = Literal["online", "offline", "lost"]
-CommandName = Literal["pause", "resume"]
+CommandName = Literal["pause", "resume", "renew-certificate"]
 
 MAX_MESSAGE_BYTES = 65_536
 MAX_MANIFEST_BYTES = 262_144
@@ -110,7 +110,7 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 2**53
 
 
-def _pack(message: Any) -> bytes:
+def pack_message(message: Any) -> bytes:
     return bytes(msgpack.packb(asdict(message)))
 
 
@@ -144,7 +144,7 @@ class TapPlan:
         return tuple(sorted(set(self.layers(depth))))
 
     def to_bytes(self) -> bytes:
-        return _pack(self)
+        return pack_message(self)
 
     @classmethod
     def from_bytes(cls, payload: bytes) -> TapPlan:
@@ -189,7 +189,7 @@ class Receipt:
     MAX_REJECTED = 32
 
     def to_bytes(self) -> bytes:
-        return _pack(self)
+        return pack_message(self)
 
     @classmethod
     def from_bytes(cls, payload: bytes) -> Receipt:
@@ -294,9 +294,11 @@ class Health:
     memory_available_bytes: int | None = None
     peak_rss_bytes: int | None = None
     disk_free_bytes: int | None = None
+    certificate_serial: str = ""  # hexadecimal, of the client certificate in use; empty without one
+    certificate_expires_at: float | None = None
 
     def to_bytes(self) -> bytes:
-        return _pack(self)
+        return pack_message(self)
 
     def as_last_will(self) -> Health:
         """What the broker says in the device's name when the connection breaks."""
@@ -328,6 +330,8 @@ class Health:
             memory_available_bytes=fields.optional_integer("memory_available_bytes", 0, 2**60),
             peak_rss_bytes=fields.optional_integer("peak_rss_bytes", 0, 2**60),
             disk_free_bytes=fields.optional_integer("disk_free_bytes", 0, 2**60),
+            certificate_serial=fields.text("certificate_serial", 40, ""),
+            certificate_expires_at=fields.optional_number("certificate_expires_at", 0.0, 1e12),
         )
 
 
@@ -340,7 +344,7 @@ class Command:
     expires_at: float
 
     def to_bytes(self) -> bytes:
-        return _pack(self)
+        return pack_message(self)
 
     @classmethod
     def from_bytes(cls, payload: bytes) -> Command:
@@ -397,7 +401,7 @@ class CheckpointManifest:
     metrics: dict[str, float] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
-        return _pack(self)
+        return pack_message(self)
 
     @classmethod
     def from_bytes(cls, payload: bytes) -> CheckpointManifest:
@@ -432,7 +436,7 @@ class SignedManifest:
     SIGNATURE_DOMAIN = b"mobillm-fleet checkpoint v1\0"
 
     def to_bytes(self) -> bytes:
-        return _pack(self)
+        return pack_message(self)
 
     @classmethod
     def from_bytes(cls, payload: bytes) -> SignedManifest:

@@ -15,11 +15,15 @@ from side_tuning.wire.bounded import FrameError
 
 ROOT = "mobillm/v1"
 FLEET = "fleet"
+# Names of certificates that are no device's: a device must not pass for one of them. Claims' names begin with CLAIM_PREFIX.
+RESERVED_NAMES = frozenset({FLEET, "broker", "coordinator", "dashboard", "doctor", "enrolment", "gateway", "trainer"})
+CLAIM_PREFIX = "claim-"
 
 Direction = Literal["up", "down"]
 
 # Names become topic segments and certificate names; MQTT's own characters must never get in.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_CLAIM = re.compile(CLAIM_PREFIX + r"[0-9a-f]{16,40}")
 _CHANNEL = re.compile(r"[a-z][a-z-]{0,31}(\.[A-Za-z0-9_-]{1,64}){0,3}")
 
 
@@ -39,11 +43,22 @@ class Topic:
 
 def check_device_name(name: str) -> str:
     """Return `name` if it can name a device, else raise `FrameError`."""
-    if name == FLEET or not _NAME.fullmatch(name):
+    if not _NAME.fullmatch(name):
         raise FrameError(
-            f"device name {name!r} is not allowed: use 1 to 64 letters, digits, '_', '.', '-', "
-            f"starting with a letter or digit, and not '{FLEET}'"
+            f"device name {name[:200]!r} is not allowed: use 1 to 64 letters, digits, '_', '.', '-', starting with a letter or digit"
         )
+    if name.lower() in RESERVED_NAMES or name.lower().startswith(CLAIM_PREFIX):
+        raise FrameError(
+            f"device name {name!r} is not allowed: {', '.join(sorted(RESERVED_NAMES))} and names that begin with "
+            f"'{CLAIM_PREFIX}' are reserved; choose another"
+        )
+    return name
+
+
+def check_claim_name(name: str) -> str:
+    """Return `name` if it can name a claim (CLAIM_PREFIX and 16 to 40 hexadecimal digits), else raise `FrameError`."""
+    if not _CLAIM.fullmatch(name):
+        raise FrameError(f"claim {name[:200]!r} is not '{CLAIM_PREFIX}' with 16 to 40 hexadecimal digits")
     return name
 
 
@@ -53,7 +68,9 @@ def parse_topic(topic: str) -> Topic:
     if len(segments) != 5 or "/".join(segments[:2]) != ROOT:
         raise FrameError(f"topic {topic[:200]!r} is not of the form {ROOT}/NAME/up|down/CHANNEL")
     owner, direction, channel = segments[2:]
-    if owner != FLEET:
+    if owner.startswith(CLAIM_PREFIX):
+        check_claim_name(owner)
+    elif owner != FLEET:
         check_device_name(owner)
     if direction not in ("up", "down"):
         raise FrameError(f"topic {topic[:200]!r} goes neither up nor down")
@@ -81,7 +98,17 @@ def probe(device: str) -> str:
     return str(Topic(check_device_name(device), "up", "probe"))
 
 
+def certificate_request(name: str) -> str:
+    """Where a claim's holder asks for its first certificate, and a device for its next; `name` is the claim's or the device's."""
+    return str(Topic(_claim_or_device(name), "up", "certificate-request"))
+
+
 # From the coordinator to one device.
+
+
+def certificate_answer(name: str) -> str:
+    """The answer to a certificate request; not retained, the asker repeats its request until it is answered."""
+    return str(Topic(_claim_or_device(name), "down", "certificate"))
 
 
 def receipt(device: str) -> str:
@@ -114,6 +141,10 @@ def checkpoint(fingerprint: str) -> str:
 def checkpoint_part(blob_sha256: str, index: int) -> str:
     """Retained part `index` of the blob with this hash; devices subscribe to just the parts they miss."""
     return str(Topic(FLEET, "down", "checkpoint-part", (blob_sha256[:32], str(index))))
+
+
+def _claim_or_device(name: str) -> str:
+    return check_claim_name(name) if name.startswith(CLAIM_PREFIX) else check_device_name(name)
 
 
 # Filters for the coordinator.

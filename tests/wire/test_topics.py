@@ -69,9 +69,12 @@ def test_other_topics_are_refused(topic: str) -> None:
         parse_topic(topic)
 
 
-@pytest.mark.parametrize("name", ["", "fleet", "-a", ".a", "a/b", "a+", "#", "a b", "ä", "a" * 65, "a\n"])
+RESERVED = ["fleet", "Fleet", "coordinator", "enrolment", "gateway", "trainer", "dashboard", "broker", "doctor", "claim-0123456789abcdef", "Claim-x"]
+
+
+@pytest.mark.parametrize("name", [*RESERVED, "", "-a", ".a", "a/b", "a+", "#", "a b", "ä", "a" * 65, "a\n"])
 def test_names_that_cannot_be_a_device(name: str) -> None:
-    with pytest.raises(FrameError, match="not allowed: use"):
+    with pytest.raises(FrameError, match="not allowed: (use|.* reserved)"):
         check_device_name(name)
     for build in (topics.activations, topics.health, topics.receipt, topics.command, topics.device_plan):
         with pytest.raises(FrameError):
@@ -91,3 +94,13 @@ def test_any_text_parses_to_itself_or_is_refused(text: str) -> None:
         except FrameError:
             continue
         assert str(parsed) == topic
+
+
+def test_certificate_topics() -> None:
+    claim = "claim-0123456789abcdef"
+    assert topics.certificate_request(claim) == f"mobillm/v1/{claim}/up/certificate-request"
+    assert topics.certificate_answer("kitchen") == "mobillm/v1/kitchen/down/certificate"
+    assert parse_topic(topics.certificate_request(claim)).owner == claim
+    for name in ("claim-", "claim-xyz", "claim-0123456789abcdef/", "fleet", "#"):
+        with pytest.raises(FrameError):
+            topics.certificate_request(name)
