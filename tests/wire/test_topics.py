@@ -74,7 +74,7 @@ RESERVED = ["fleet", "Fleet", "coordinator", "enrolment", "gateway", "trainer", 
 
 @pytest.mark.parametrize("name", [*RESERVED, "", "-a", ".a", "a/b", "a+", "#", "a b", "ä", "a" * 65, "a\n"])
 def test_names_that_cannot_be_a_device(name: str) -> None:
-    with pytest.raises(FrameError, match="not allowed: (use|.* reserved)"):
+    with pytest.raises(FrameError, match=r"not allowed: (use|.* reserved)"):
         check_device_name(name)
     for build in (topics.activations, topics.health, topics.receipt, topics.command, topics.device_plan):
         with pytest.raises(FrameError):
