@@ -10,11 +10,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside `path`, sync, rename over it, sync the folder: after a crash the old or the new content is there."""
+def write_atomically(path: Path, content: bytes, mode: int | None = None) -> None:
+    """Write beside `path`, sync, rename over it, sync the folder: after a crash the old or the new content is there.
+
+    With `mode` the file has just these rights (0o600: this user alone), from its first byte on.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.new")
-    with beside.open("wb") as file:
+    with open(beside, "wb", opener=lambda name, flags: os.open(name, flags, 0o666 if mode is None else mode)) as file:
+        if mode is not None:  # the umask may have narrowed it, a file left by a crash may be wider
+            os.fchmod(file.fileno(), mode)
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
