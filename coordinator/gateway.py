@@ -1,7 +1,7 @@
 """MAIN FLOW 1: broker -> decode -> batch -> COMMIT -> acknowledge + receipt.
 
 Three threads: the network thread only puts messages into a bounded queue; the writer stores them in batches; the main
-thread sends plans and checkpoints, applies retention and watches the other two. One that dies ends the program with
+thread sends plans, checkpoints and orders, applies retention and watches the other two. One that dies ends the program with
 its reason, and the supervisor starts it anew: whatever was not acknowledged comes again.
 
 Rules: a message is acknowledged in its order of arrival, after its batch is on disk, the bad ones too (they are kept
@@ -22,6 +22,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
+from coordinator.commands import send_commands
 from coordinator.counters import Counters, Reports
 from coordinator.files import held
 from coordinator.ingest import Registry, decode_payload, device_of, refusal, shorten
@@ -326,7 +327,7 @@ class Gateway:
         thread.start()
         self.connection.start()
         reports = Reports(self._settings.gateway.report_seconds, self.writer.counters, self._intake)
-        chores = _Chores(self._settings, self._store, self._outbox, self._now)
+        chores = _Chores(self._settings, self._store, self._outbox, self.connection, self._now)
         try:
             while not stop.wait(self._settings.publishing.poll_seconds):
                 self._check_parts()
@@ -376,10 +377,13 @@ class Gateway:
 class _Chores:
     """What the main thread does between looks at the others; a store that is out of reach is said once."""
 
-    def __init__(self, settings: CoordinatorSettings, store: Store, outbox: Outbox, now: Callable[[], datetime]) -> None:
+    def __init__(
+        self, settings: CoordinatorSettings, store: Store, outbox: Outbox, connection: BrokerConnection, now: Callable[[], datetime]
+    ) -> None:
         self._settings = settings
         self._store = store
         self._outbox = outbox
+        self._connection = connection
         self._now = now
         self._retention_at = time.monotonic()
         self._trouble = 0
@@ -390,13 +394,14 @@ class _Chores:
             follow_settings(self._settings, self._store)
             self._say_if_no_plan()
             self._outbox.run_once()
+            send_commands(self._store, self._connection, self._now())
             if time.monotonic() >= self._retention_at:
                 self._retention_at = time.monotonic() + self._settings.retention.every_seconds
                 self._apply_retention()
         except (*OUT_OF_REACH, OSError) as error:
             self._trouble += 1
             if self._trouble == 1:
-                logger.error("plans and checkpoints wait: %s", error)
+                logger.error("plans, checkpoints and orders wait: %s", error)
         else:
             self._trouble = 0
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -99,14 +100,22 @@ def _wish(settings: CoordinatorSettings, session: Session) -> TapPlan | None:
 
 
 def _insert_next(session: Session, plan: TapPlan, device: str | None) -> TapPlan:
-    # One more than any plan ever given out, whoever's it was: a device takes none that is older than its own.
-    version = max((row.version for row in plans(session)), default=0) + 1
-    made = replace(plan, version=version)
+    newest = max((row.version for row in plans(session)), default=0)
+    made = replace(plan, version=next_version(newest, datetime.now(timezone.utc)))
     insert_plan(session, made, device)
     for row in backbones(session).values():
         if (reason := row.manifest.refusal(made)) is not None:
             logger.warning("devices with backbone %s will refuse it and keep their plan: %s", row.manifest.fingerprint[:8], reason)
     return made
+
+
+def next_version(newest: int, now: datetime) -> int:
+    """The version after `newest`, the highest ever given out to anybody: milliseconds since 1970, or `newest` + 1 if that is more.
+
+    From the clock, so that a database that was made anew never gives a second meaning to a version that frames in some
+    device's spool still name (docs/decisions/0007).
+    """
+    return max(newest + 1, int(now.timestamp() * 1000))
 
 
 def describe(plan: TapPlan) -> str:

@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 import pytest
 
 from coordinator.outbox import Outbox, ensure_signing_key
-from coordinator.planning import change_plan, follow_settings
+from coordinator.planning import change_plan, follow_settings, next_version
 from coordinator.settings import PlanSettings, TaskSettings
 from coordinator.store.registry import newest_plan, plans, register_backbone
 from coordinator.store.training import (
@@ -209,6 +209,14 @@ def test_the_plan_follows_the_settings_and_the_shallowest_backbone(tmp_path):
         versions = [row.version for row in plans(session)]
     assert versions == sorted(set(versions))
     store.close()
+
+
+def test_plan_versions_come_from_the_clock_and_only_grow():
+    moment = datetime(2026, 5, 1, tzinfo=timezone.utc)
+    assert next_version(0, moment) == next_version(1, moment) == 1_777_593_600_000
+    assert next_version(1_777_593_600_000, moment) == 1_777_593_600_001, "two within a millisecond"
+    assert next_version(1_777_593_600_000, datetime(1970, 1, 1, tzinfo=timezone.utc)) == 1_777_593_600_001, "the clock went back"
+    assert next_version(0, datetime(1970, 1, 1, tzinfo=timezone.utc)) == 1
 
 
 def test_without_backbones_or_blocks_there_is_no_plan_yet(tmp_path):
