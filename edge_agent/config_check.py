@@ -9,7 +9,8 @@ from typing import Any
 
 from edge_agent.settings import AgentSettings, MqttSourceSettings
 from side_tuning.backbone_manifest import BackboneError, read_manifest
-from side_tuning.broker_settings import BrokerFilesError, read_password, tls_context
+from side_tuning.broker_settings import BrokerFilesError, read_password
+from side_tuning.broker_tls import tls_context
 from side_tuning.signatures import SignatureError, load_public_key
 
 # Files named by the settings may be shown, their content never; no setting holds a secret itself, and if one

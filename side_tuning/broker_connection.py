@@ -26,12 +26,17 @@ from paho.mqtt.reasoncodes import ReasonCode
 from side_tuning.broker_failures import (
     PACKET_TOO_LARGE,
     UNSUPPORTED_PROTOCOL_VERSION,
-    connect_words,
-    dropped_words,
-    refusal_words,
+    Failure,
+    FailureKind,
+    connect_failure,
+    dropped,
+    publish_words,
+    refusal,
+    tls_failure,
 )
 from side_tuning.broker_messages import Connected, Message, PayloadTooLarge, PublishHandle
-from side_tuning.broker_settings import BrokerFilesError, BrokerSettings, read_password, tls_context
+from side_tuning.broker_settings import BrokerFilesError, BrokerSettings, read_password
+from side_tuning.broker_tls import RememberingSocket, tls_context
 
 __all__ = [
     "BrokerConnection",
@@ -74,6 +79,7 @@ class BrokerConnection:
         session_expiry_seconds: int = 0,
         receive_maximum: int | None = None,
         reconnect_min_seconds: float = 0.5,
+        trusted_time: Callable[[], float | None] = lambda: None,
     ) -> None:
         """Prepare a connection; nothing is sent before `start`.
 
@@ -91,6 +97,7 @@ class BrokerConnection:
             session_expiry_seconds: how long it keeps it (MQTT 5).
             receive_maximum: the most unacknowledged messages that the broker may have under way to us (MQTT 5).
             reconnect_min_seconds: first pause after a failure; doubles, jittered, up to the settings' maximum.
+            trusted_time: what to check dates of certificates against (see side_tuning/broker_tls.py); None: the system's clock.
 
         Raises:
             BrokerFilesError: a file named in the settings is missing or wrong.
@@ -109,7 +116,8 @@ class BrokerConnection:
         self._receive_maximum = receive_maximum
         self._reconnect_min_seconds = reconnect_min_seconds
         self._keepalive_wanted = settings.keepalive_seconds
-        self._tls = tls_context(settings)
+        self._trusted_time = trusted_time
+        tls_context(settings)  # wrong files are told now; each connection reads them anew
         self._password = read_password(settings)
 
         self._lock = threading.Lock()  # guards the fields below; never held while paho is called
@@ -129,6 +137,7 @@ class BrokerConnection:
         self.protocol: Literal["5", "3.1.1"] = "3.1.1" if settings.protocol == "3.1.1" else "5"
         self._learned_limit: int | None = None  # from a broker that states no limit but enforces one
         self.last_error = ""
+        self.failure_kind: FailureKind = ""  # of last_error, where a failed or lost connection is its reason
         self.failures = 0  # in a row
         self._brief_connections = 0  # in a row, accepted but lost at once
         self._told: set[str] = set()  # reasons logged since the last steady connection
@@ -287,13 +296,17 @@ class BrokerConnection:
             self._pause()
 
     def _serve_one_connection(self, attempt: _Attempt) -> None:
-        client = self._new_client(attempt)
         try:
+            client = self._new_client(attempt)
             client.connect(self.settings.host, self.settings.port, self._keepalive_wanted, **self._mqtt5_options())
+        except BrokerFilesError as error:
+            attempt.fail(Failure("files", str(error)))
+            return
         except (OSError, ssl.CertificateError) as error:
-            attempt.reason = connect_words(error, self.settings, self.address)
+            attempt.fail(connect_failure(error, self.settings, self.address))
             return
         attempt.reached = True
+        attempt.socket = client.socket()
         deadline = time.monotonic() + CONNECT_TIMEOUT_SECONDS
         self._cut.clear()
         rc = MQTTErrorCode.MQTT_ERR_SUCCESS
@@ -301,13 +314,13 @@ class BrokerConnection:
             rc = client.loop(LOOP_SECONDS)
             self._ticked_at = time.monotonic()
             if attempt.accepted_at is None and (self._ticked_at > deadline or self._stopping.is_set()):
-                attempt.reason = attempt.reason or f"the broker at {self.address} accepts connections but does not answer"
+                attempt.fail(Failure("unreachable", f"the broker at {self.address} accepts connections but does not answer"))
                 break
             if self._cut.is_set():
                 attempt.reason, attempt.wanted = "reconnecting on purpose", True
                 break
-        if not attempt.wanted and attempt.accepted_at is not None and not self._stopping.is_set() and not attempt.reason:
-            attempt.reason = paho.error_string(rc)
+        if not attempt.wanted and attempt.accepted_at is not None and not self._stopping.is_set():
+            attempt.fail(Failure("lost", paho.error_string(rc)))
         _close(client)
 
     def _new_client(self, attempt: _Attempt) -> paho.Client:
@@ -330,8 +343,9 @@ class BrokerConnection:
         client.on_subscribe = lambda _c, _u, mid, reasons, _p: self._subscribed(mid, reasons)
         if self.settings.username is not None:
             client.username_pw_set(self.settings.username, self._password)
-        if self._tls is not None:
-            client.tls_set_context(self._tls)
+        context = tls_context(self.settings, self._trusted_time())
+        if context is not None:
+            client.tls_set_context(context)
         will = self._will() if callable(self._will) else self._will
         if will is not None:
             client.will_set(will[0], will[1], qos=1, retain=True)
@@ -354,7 +368,7 @@ class BrokerConnection:
             attempt.refused = reason
             # A 3.1.1 broker cannot state its longest keepalive, only refuse; go back to the one that was configured.
             self._keepalive_wanted = self.settings.keepalive_seconds
-            attempt.reason = refusal_words(reason.value, str(reason), self.settings, self.client_id, self.address)
+            attempt.fail(refusal(reason.value, str(reason), self.settings, self.client_id, self.address))
             return
         stated = vars(properties) if properties is not None else {}
         self.keepalive_seconds = stated.get("ServerKeepAlive", self._keepalive_wanted)
@@ -374,7 +388,7 @@ class BrokerConnection:
             logger.log(level, "connected to the broker at %s again after %d failed attempts", self.address, self.failures)
         else:
             logger.info("connected to the broker at %s (MQTT %s)", self.address, self.protocol)
-        self.last_error = ""
+        self.last_error = self.failure_kind = ""
         self.refused_subscriptions.clear()
         if filters:
             self._declare(client, filters)
@@ -431,7 +445,11 @@ class BrokerConnection:
     def _dropped(self, attempt: _Attempt, flags: paho.DisconnectFlags, reason: ReasonCode) -> None:
         if attempt.reason or self._stopping.is_set():
             return
-        attempt.reason = dropped_words(reason.value, str(reason), self.client_id, self.address)
+        error = attempt.socket.failure if isinstance(attempt.socket, RememberingSocket) else None
+        if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
+            attempt.fail(tls_failure(error, self.settings, self.address))
+        answered = attempt.accepted_at is not None
+        attempt.fail(dropped(reason.value, str(reason), self.settings, self.client_id, self.address, answered=answered))
         if flags.is_disconnect_packet_from_server and reason.value == PACKET_TOO_LARGE:
             with self._lock:
                 largest = max((handle.payload_bytes for handle in self._handles.values()), default=0)
@@ -453,7 +471,7 @@ class BrokerConnection:
     def _note_failure(self, attempt: _Attempt) -> None:
         steady = attempt.accepted_at is not None and time.monotonic() - attempt.accepted_at > STEADY_SECONDS
         self.failures = 1 if steady else self.failures + 1
-        self.last_error = attempt.reason
+        self.last_error, self.failure_kind = attempt.reason, attempt.kind
         if attempt.wanted:
             self.failures = 0
             return
@@ -474,7 +492,7 @@ class BrokerConnection:
         """Change the protocol version after a refusal; True if the other one is worth trying at once."""
         if self.settings.protocol != "auto":
             return False
-        if not attempt.reached:
+        if not attempt.reached or attempt.kind.startswith(("own-", "tls")):
             self.protocol = "5"
             return False
         unanswered = attempt.accepted_at is None and attempt.refused is None
@@ -528,7 +546,14 @@ class _Attempt:
     refused: ReasonCode | None = None
     accepted_at: float | None = None
     reason: str = ""
+    kind: FailureKind = ""
     wanted: bool = False
+    socket: object = None
+
+    def fail(self, failure: Failure) -> None:
+        """Keep the first reason: what follows from it says less."""
+        if not self.reason:
+            self.kind, self.reason = failure
 
 
 def _leave_writing_to_the_loop(*_: object) -> None:
@@ -558,4 +583,4 @@ def _properties_dict(properties: Properties | None) -> dict[str, str]:
 
 
 def _puback_words(reason: ReasonCode) -> str:
-    return f"refused by the broker: {reason}" if reason.is_failure else "success"
+    return publish_words(reason.value, str(reason)) if reason.is_failure else "success"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
 from pathlib import Path
 from typing import Literal
 
@@ -51,22 +50,3 @@ def read_password(settings: BrokerSettings) -> str | None:
         raise BrokerFilesError(
             f"password_file {settings.password_file} cannot be read: {error}; create it, readable by this user only"
         ) from error
-
-
-def tls_context(settings: BrokerSettings) -> ssl.SSLContext | None:
-    if not settings.tls:
-        return None
-    try:
-        context = ssl.create_default_context(cafile=str(settings.ca_file) if settings.ca_file else None)
-    except (OSError, ssl.SSLError) as error:
-        raise BrokerFilesError(f"ca_file {settings.ca_file} cannot be used: {error}; give a PEM file with the authority") from error
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if settings.certificate_file is not None:
-        try:
-            context.load_cert_chain(str(settings.certificate_file), str(settings.key_file))
-        except (OSError, ssl.SSLError) as error:
-            raise BrokerFilesError(
-                f"certificate_file {settings.certificate_file} with key_file {settings.key_file} cannot be used: {error}; "
-                "both must be readable PEM files that belong together"
-            ) from error
-    return context
