@@ -156,14 +156,14 @@ def load_certificate(path: Path) -> x509.Certificate:
         raise AuthorityError(f"certificate {path} is no PEM certificate: {error}; bring it back from a backup") from error
 
 
-def load_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """A private key that nobody else may read; raises `AuthorityError`."""
+def load_key(path: Path, *, shared: bool = False) -> ec.EllipticCurvePrivateKey:
+    """A private key that nobody else may read, unless it is `shared`; raises `AuthorityError`."""
     try:
         mode = stat.S_IMODE(path.stat().st_mode)
         content = path.read_bytes()
     except OSError as error:
         raise AuthorityError(f"key {path} cannot be read: {error.strerror}; run `coordinator init`, or bring it back from a backup") from error
-    if mode & 0o077:
+    if mode & 0o077 and not shared:
         raise AuthorityError(f"key {path} can be read by others (mode {mode:04o}): `chmod 600 {path}`, and think about who may have read it")
     try:
         key = serialization.load_pem_private_key(content, password=None)

@@ -25,6 +25,7 @@ from sqlalchemy.orm import Session
 from coordinator.commands import send_commands
 from coordinator.counters import Counters, Reports
 from coordinator.files import held
+from coordinator.identities import broker_settings_for
 from coordinator.ingest import Registry, decode_payload, device_of, refusal, shorten
 from coordinator.intake import Arrived, Intake
 from coordinator.outbox import Outbox, ensure_signing_key
@@ -299,7 +300,7 @@ class Gateway:
         self._stop = threading.Event()
         self._intake = Intake(settings.gateway.queue_messages, settings.gateway.queue_bytes)
         self.connection = BrokerConnection(
-            settings.broker,
+            broker_settings_for(settings, "gateway"),
             settings.gateway.client_id,
             subscriptions=[FRAMES, HEALTH],
             on_message=self._received,
