@@ -15,7 +15,8 @@ from coordinator.authority import AuthorityError, load_authority, make_authority
 from coordinator.files import held
 from coordinator.identities import PROGRAMS, broker_settings_for, identity_directory, make_identities
 from coordinator.settings import ConfigError
-from side_tuning.broker_settings import BrokerSettings, tls_context
+from side_tuning.broker_settings import BrokerSettings
+from side_tuning.broker_tls import tls_context
 from tests.coordinator.fleet import settings_for
 
 NOW = datetime.now(timezone.utc).replace(microsecond=0)
