@@ -3,10 +3,11 @@
     with tls_broker(tmp_path) as broker:
         kitchen = BrokerConnection(broker.client("kitchen"), "kitchen", subscriptions=[...])
         claim = BrokerConnection(broker.client("claim-0123456789abcdef", claims=True), "claim-0123456789abcdef")
-        broker.revoke("kitchen"); broker.reload()
+        broker.revoke("kitchen")
+        broker.reload()
 
-`Authority` here makes what no right authority would sign (see `ClientCertificate`'s options), hence not coordinator/authority.py.
-What the coordinator writes may take its place: `tls_broker(..., broker_directory=settings.broker_directory)` uses its files.
+With the coordinator's own files: `tls_broker(folder, broker_directory=settings.broker_directory, port=..., claims_port=...)`; then
+`issue`, `client` and `revoke` are not to be used.
 
 The production rules give every client the name in its certificate as its client id, whatever it asks for: to take over a
 device's connection (and so end it) one needs a certificate in the device's name.
@@ -14,149 +15,102 @@ device's connection (and so end it) one needs a certificate in the device's name
 
 from __future__ import annotations
 
-import datetime as dt
-import ipaddress
 import os
 import re
 import signal
 import socket
 import ssl
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from side_tuning.broker_connection import BrokerSettings
+from coordinator.authority import Authority, certificate_pem, key_pem, make_authority, new_key, serial_hex
+from coordinator.files import write_atomically
+from side_tuning.broker_settings import BrokerSettings
 from tests.brokers import RunningBroker, accepts_connections, free_port, mosquitto_program
 from tests.waiting import wait_until
 
 BROKER_CONFIG = Path(__file__).parents[1] / "broker_config"
 HOST = "127.0.0.1"
-DAY = dt.timedelta(days=1)
 
 
-def utc_now() -> dt.datetime:
-    return dt.datetime.now(dt.timezone.utc)
+def utc_now() -> datetime:
+    return datetime.now(timezone.utc)
 
 
 @dataclass(frozen=True)
 class Issued:
-    """A certificate and its key, as objects and as the files that programs read."""
+    """A certificate with the files that programs read."""
 
     certificate: x509.Certificate
     certificate_file: Path
     key_file: Path
 
 
-class Authority:
-    """A small test authority that signs whatever it is told to, and revokes."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self.folder, self.name = folder, name
-        self.certificate_file = folder / f"{name}.pem"
-        self.key = ec.generate_private_key(ec.SECP256R1())
-        self.subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        self.revoked: list[int] = []
-        folder.mkdir(parents=True, exist_ok=True)
-        now = utc_now()
-        certificate = (
-            x509.CertificateBuilder()
-            .subject_name(self.subject).issuer_name(self.subject).public_key(self.key.public_key())
-            .serial_number(x509.random_serial_number()).not_valid_before(now - DAY).not_valid_after(now + 30 * DAY)
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(_key_usage(authority=True), critical=True)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(self.key.public_key()), critical=False)
-            .sign(self.key, hashes.SHA256())
-        )
-        self.certificate_file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-
-    def issue(
-        self,
-        common_name: str,
-        file_name: str,
-        *,
-        usage: str | None = "client",
-        not_before: dt.datetime | None = None,
-        not_after: dt.datetime | None = None,
-        addresses: Sequence[str] = (),
-    ) -> Issued:
-        """A certificate and key under `folder`; `usage` None leaves the extended key usage out, "" names another purpose."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)] if common_name else [])
-        now = utc_now()
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(subject).issuer_name(self.subject).public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(not_before or now - dt.timedelta(hours=1)).not_valid_after(not_after or now + 10 * DAY)
-            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(_key_usage(authority=False), critical=True)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()), critical=False)
-        )
-        if usage is not None:
-            purpose = {"client": ExtendedKeyUsageOID.CLIENT_AUTH, "server": ExtendedKeyUsageOID.SERVER_AUTH}.get(
-                usage, ExtendedKeyUsageOID.CODE_SIGNING
-            )
-            builder = builder.add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
-        if addresses:
-            names = [x509.IPAddress(ipaddress.ip_address(address)) for address in addresses]
-            builder = builder.add_extension(x509.SubjectAlternativeName([*names, x509.DNSName("localhost")]), critical=False)
-        return save(builder.sign(self.key, hashes.SHA256()), key, self.folder, file_name)
-
-    def write_revocations(self, path: Path, *, next_update: dt.datetime | None = None) -> None:
-        """Atomically, as the coordinator does: the broker never sees half a list."""
-        # Of two lists with the same date OpenSSL keeps the one that it read first, and dates are whole seconds.
-        last_update = utc_now() - dt.timedelta(hours=1) + dt.timedelta(seconds=len(self.revoked))
-        builder = x509.CertificateRevocationListBuilder().issuer_name(self.subject).last_update(last_update)
-        builder = builder.next_update(next_update or utc_now() + 30 * DAY)
-        for serial in self.revoked:
-            entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(last_update).build()
-            builder = builder.add_revoked_certificate(entry)
-        temporary = path.with_suffix(".new")
-        temporary.write_bytes(builder.sign(self.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
-        temporary.replace(path)
-
-
 def save(certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey, folder: Path, file_name: str) -> Issued:
     issued = Issued(certificate, folder / f"{file_name}.pem", folder / f"{file_name}.key")
-    issued.certificate_file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    issued.key_file.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    issued.key_file.chmod(0o600)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(issued.certificate_file, certificate_pem(certificate))
+    write_atomically(issued.key_file, key_pem(key), 0o600)
     return issued
 
 
-def _key_usage(*, authority: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not authority, key_cert_sign=authority, crl_sign=authority, content_commitment=False,
-        key_encipherment=False, data_encipherment=False, key_agreement=False, encipher_only=False, decipher_only=False,
+def odd_certificate(
+    authority: Authority,
+    folder: Path,
+    file_name: str,
+    *,
+    name: str,
+    usage: x509.ObjectIdentifier | None = ExtendedKeyUsageOID.CLIENT_AUTH,
+    not_before: datetime | None = None,
+    not_after: datetime | None = None,
+) -> Issued:
+    """What coordinator/authority.py would never sign: another purpose (None: any), other dates, any name ("": no name at all)."""
+    key = new_key()
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)] if name else [])
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(authority.certificate.subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(not_before or utc_now() - timedelta(hours=1))
+        .not_valid_after(not_after or utc_now() + timedelta(days=1))
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
     )
+    if usage is not None:
+        builder = builder.add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+    return save(builder.sign(authority.key, hashes.SHA256()), key, folder, file_name)
 
 
 @dataclass
 class TlsBroker:
-    """A running broker and whom it trusts. `fleet` and `claims` are None where the coordinator's own files are used."""
+    """A running broker and the authorities that it trusts ("fleet" and "claims"; none where the coordinator has them)."""
 
     folder: Path
     port: int
     claims_port: int
     running: RunningBroker
     broker_directory: Path
-    authorities: dict[str, Authority] = field(default_factory=dict)  # "fleet" and "claims"
-    _issued: dict[tuple[str, bool], Issued] = field(default_factory=dict)
+    authorities: dict[str, Authority] = field(default_factory=dict)
+    issued: dict[tuple[str, bool], Issued] = field(default_factory=dict)
+    revoked: dict[str, list[tuple[str, datetime]]] = field(default_factory=lambda: {"fleet": [], "claims": []})
 
     def issue(self, name: str, *, claims: bool = False) -> Issued:
         """The certificate for `name`, made on the first call."""
-        if (name, claims) not in self._issued:
-            file_name = re.sub(r"[^A-Za-z0-9-]", "_", name) + f"-{len(self._issued)}"
-            self._issued[name, claims] = self.authorities["claims" if claims else "fleet"].issue(name, file_name)
-        return self._issued[name, claims]
+        if (name, claims) not in self.issued:
+            key = new_key()
+            authority = self.authorities["claims" if claims else "fleet"]
+            certificate = authority.issue(key.public_key(), name, now=utc_now(), days=10, usage="client")
+            self.issued[name, claims] = save(certificate, key, self.folder / "clients", f"{name}-{len(self.issued)}")
+        return self.issued[name, claims]
 
     def settings(self, issued: Issued | None, *, claims: bool = False) -> BrokerSettings:
         """How to reach the devices' port, or the claims', with this certificate (or none)."""
@@ -176,44 +130,53 @@ class TlsBroker:
     def revoke(self, name: str, *, claims: bool = False) -> None:
         """Write the revocation list; the broker knows it after `reload`. A connection that is up stays up."""
         kind = "claims" if claims else "fleet"
-        self.authorities[kind].revoked.append(self.issue(name, claims=claims).certificate.serial_number)
-        self.authorities[kind].write_revocations(self.broker_directory / f"{kind}-revoked.pem")
+        self.revoked[kind].append((serial_hex(self.issue(name, claims=claims).certificate), utc_now()))
+        self.write_revocations(kind)
+
+    def write_revocations(self, kind: str, *, days: float = 30) -> None:
+        content = self.authorities[kind].revocation_list(self.revoked[kind], now=utc_now(), days=days)
+        write_atomically(self.broker_directory / f"{kind}-revoked.pem", content)
 
     def reload(self) -> None:
         """SIGHUP, and wait until mosquitto has read its files again."""
-        before = self._log().count("Reloading config.")
         assert self.running.process is not None
+        before = self.log().count("Reloading config.")
         self.running.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: self._log().count("Reloading config.") > before, 30, "mosquitto reloads")
-        # It says so first and reads then, in the loop that also accepts connections: a handshake that it refuses comes after.
-        self.knock()
+        wait_until(lambda: self.log().count("Reloading config.") > before, 60, "mosquitto reloads")
+        self.knock()  # it says so before it reads, in the loop that also accepts connections
 
     def knock(self) -> None:
-        """Returns once the broker's loop has come round: a client without a certificate has been turned away."""
+        """Return when the broker's loop has come round: it has turned away a client without a certificate, on each port."""
         context = ssl.create_default_context(cafile=str(self.broker_directory / "fleet-authority.pem"))
         for port in (self.port, self.claims_port):
-            try:
-                with socket.create_connection((HOST, port), timeout=30) as plain, context.wrap_socket(plain, server_hostname=HOST) as tls:
-                    tls.recv(1)
-            except OSError:
-                pass
+            with (
+                suppress(OSError),
+                socket.create_connection((HOST, port), timeout=60) as plain,
+                context.wrap_socket(plain, server_hostname=HOST) as tls,
+            ):
+                tls.recv(1)
 
-    def _log(self) -> str:
+    def log(self) -> str:
         return self.running.log.read_text(errors="replace")
+
+    def wait_until_up(self) -> None:
+        # Said after mosquitto has set itself up for signals, which is later than its first listener: a HUP before that ends it.
+        wait_until(lambda: re.search(r"mosquitto version .* running", self.log()), 60, "mosquitto runs")
+        wait_until(lambda: accepts_connections(self.claims_port), 60, f"the broker listens on port {self.claims_port} for claims")
 
 
 def write_broker_files(folder: Path) -> dict[str, Authority]:
-    """What the coordinator's broker_directory holds, from two new authorities."""
-    authorities = {kind: Authority(folder / "authorities", f"{kind}-authority") for kind in ("fleet", "claims")}
+    """What the coordinator's broker_directory holds, made by two new authorities, in `folder`/broker."""
     directory = folder / "broker"
     directory.mkdir(parents=True, exist_ok=True)
+    now = utc_now()
+    authorities = {kind: make_authority(f"{kind} authority of a test", now=now, days=100) for kind in ("fleet", "claims")}
     for kind, authority in authorities.items():
-        (directory / f"{kind}-authority.pem").write_bytes(authority.certificate_file.read_bytes())
-        authority.write_revocations(directory / f"{kind}-revoked.pem")
-    server = authorities["fleet"].issue("broker", "broker", usage="server", addresses=[HOST])
-    (directory / "broker.pem").write_bytes(server.certificate_file.read_bytes())
-    (directory / "broker.key").write_bytes(server.key_file.read_bytes())
-    (directory / "broker.key").chmod(0o600)
+        write_atomically(directory / f"{kind}-authority.pem", certificate_pem(authority.certificate))
+        write_atomically(directory / f"{kind}-revoked.pem", authority.revocation_list([], now=now, days=30))
+    key = new_key()
+    server = authorities["fleet"].issue(key.public_key(), "broker", now=now, days=30, usage="server", names=[HOST, "localhost"])
+    save(server, key, directory, "broker")
     return authorities
 
 
@@ -223,9 +186,9 @@ def write_configuration(folder: Path, broker_directory: Path, *, port: int, clai
     replaced = {
         "listener 8883": f"listener {port} {HOST}",
         "listener 8884": f"listener {claims_port} {HOST}",
-        "/mosquitto/broker/": f"{broker_directory}/",
-        "/mosquitto/config/": f"{BROKER_CONFIG}/",
-        "/mosquitto/data/": f"{folder}/data/",
+        " /mosquitto/broker/": f" {broker_directory}/",
+        " /mosquitto/config/": f" {BROKER_CONFIG}/",
+        " /mosquitto/data/": f" {folder}/data/",
     }
     for old, new in replaced.items():
         assert old in text, old
@@ -249,7 +212,7 @@ def tls_broker(
         broker_directory: the coordinator's; none makes one from two test authorities.
         port: of the devices' listener; none takes a free one.
         claims_port: of the claims' listener.
-        extra: more lines of configuration, which fall to the claims' listener or to all.
+        extra: more lines of configuration.
 
     """
     program = mosquitto_program()
@@ -262,9 +225,10 @@ def tls_broker(
     port, claims_port = port or free_port(), claims_port or free_port()
     configuration = write_configuration(folder, broker_directory, port=port, claims_port=claims_port, extra=extra)
     running = RunningBroker([program, "-c", str(configuration)], port, folder / "mosquitto.log")
-    running.start()
-    wait_until(lambda: accepts_connections(claims_port), 30, f"the broker listens on port {claims_port} for claims")
+    broker = TlsBroker(folder, port, claims_port, running, broker_directory, authorities)
     try:
-        yield TlsBroker(folder, port, claims_port, running, broker_directory, authorities)
+        running.start()
+        broker.wait_until_up()
+        yield broker
     finally:
         running.stop()

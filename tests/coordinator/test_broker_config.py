@@ -104,7 +104,7 @@ class Script:
 
     @property
     def mosquitto(self):
-        return int(re.search(r"runs as process (\d+)", self.output.read_text()).group(1))
+        return int(re.findall(r"runs as process (\d+)", self.output.read_text())[-1])
 
 
 @pytest.fixture
@@ -170,6 +170,29 @@ def test_a_new_revocation_list_counts_at_once_and_drops_nobody(site):
     finally:
         for connection in (kitchen, garage, late):
             connection.stop()
+
+
+def test_start_broker_starts_mosquitto_again_with_a_new_authority(site):
+    """mosquitto reads authorities at its start only; with the old one it would refuse every certificate of the new one."""
+    start, broker = site
+    script = start()
+    script.wait_until_running()
+    first = script.mosquitto
+    old = BrokerConnection(broker.client("kitchen"), "kitchen")
+    broker.authorities = write_broker_files(broker.folder)
+    broker.issued.clear()
+    new = BrokerConnection(broker.client("kitchen"), "kitchen")
+    try:
+        new.start()
+        wait_until(lambda: new.connected, 60, "a device of the new authority connects")
+        old.start()
+        wait_until(lambda: old.failures, 60, "one of the old authority does not")
+    finally:
+        new.stop()
+        old.stop()
+    script.process.terminate()
+    assert script.process.wait(60) == 0
+    assert script.mosquitto != first
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
