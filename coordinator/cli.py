@@ -111,6 +111,21 @@ def check_config(config: Config = None) -> None:
     print(describe_settings(_settings(config, "check-config")))
 
 
+@app.command()
+def alive(
+    name: Annotated[str, typer.Argument(help="gateway, trainer or enrolment.")],
+    max_age: Annotated[float, typer.Option(min=1, help="Seconds since its last sign of life.")] = 30.0,
+    config: Config = None,
+) -> None:
+    """Whether a program on this machine is alive: exit code 0 or 1 and a line why. For health checks."""
+    from coordinator.alive import alive_trouble
+    from coordinator.settings import load_settings
+
+    trouble = alive_trouble(load_settings(config).alive_file(name), max_age)
+    print(f"{name}: {trouble or 'alive'}")
+    sys.exit(1 if trouble else 0)
+
+
 # The database.
 
 

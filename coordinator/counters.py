@@ -1,12 +1,17 @@
-"""What the gateway counts, and the line it logs of it now and then."""
+"""What the gateway counts, the line it logs of it now and then, and the figures in its heartbeat."""
 
 from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
 
 from coordinator.intake import Intake
+
+if TYPE_CHECKING:
+    from side_tuning.broker_connection import BrokerConnection
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +34,40 @@ class Counters:
 
     def copy(self) -> Counters:
         return self.since(Counters())
+
+
+@dataclass
+class Commits:
+    """How long batches took to reach the disk, and the one under way. Written by the writer, read by the heartbeat."""
+
+    last_seconds: float | None = None
+    average_seconds: float | None = None  # over about the last twenty batches
+    under_way_since: datetime | None = None  # arrival of the oldest message that is being stored
+
+    def count(self, seconds: float) -> None:
+        before = self.average_seconds
+        self.last_seconds = seconds
+        self.average_seconds = seconds if before is None else before + (seconds - before) / 20
+
+
+def gateway_figures(
+    counters: Counters, commits: Commits, intake: Intake, connection: BrokerConnection, *, wal_bytes: int | None, now: datetime
+) -> dict[str, Any]:
+    """What the gateway's row in `programs` holds. Seconds and bytes; times are seconds since 1970."""
+    oldest = commits.under_way_since or intake.oldest_at
+    return {
+        "connected": connection.connected,
+        "broker": connection.address,
+        "broker_error": connection.last_error,
+        "broker_certificate_expires_at": connection.peer_certificate_expires_at,
+        "queue_messages": len(intake),
+        "dropped_messages": intake.dropped,  # came while the queue was full; devices send them again
+        **asdict(counters),
+        "commit_seconds_last": commits.last_seconds,
+        "commit_seconds_average": commits.average_seconds,
+        "oldest_uncommitted_seconds": None if oldest is None else max(0.0, (now - oldest).total_seconds()),
+        "wal_bytes": wal_bytes,
+    }
 
 
 class Reports:

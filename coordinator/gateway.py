@@ -16,15 +16,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
 from coordinator.commands import send_commands
-from coordinator.counters import Counters, Reports
+from coordinator.counters import Commits, Counters, Reports, gateway_figures
 from coordinator.files import held
+from coordinator.heartbeat import Heartbeat
 from coordinator.identities import broker_settings_for
 from coordinator.ingest import Registry, decode_payload, device_of, refusal, shorten
 from coordinator.intake import Arrived, Intake
@@ -105,13 +106,18 @@ class Writer:
         self._stop = stop
         self._registry = Registry()
         self.counters = Counters()
+        self.commits = Commits()
+        self.ticked_at = time.monotonic()
         self._rejections = Repeats()
 
     def run(self) -> None:
         """Until the queue is closed and empty."""
         while True:
+            self.ticked_at = time.monotonic()
             wait = min(IDLE_SECONDS, self._receipts.due_in())
             batch = self._intake.take(self._settings.batch_frames, wait_seconds=wait, gather_seconds=self._settings.batch_seconds)
+            if batch:
+                self.commits.under_way_since = batch[0].received_at
             if batch and not self._store_batch(batch):
                 return  # stopped while the store was out of reach; nothing acknowledged, the broker sends it again
             self._receipts.publish_due()
@@ -124,9 +130,12 @@ class Writer:
         work = self._until_stored(lambda: self._decode_batch(batch))
         if work is None:
             return False
+        began = time.monotonic()
         outcomes = self._until_stored(lambda: self._commit(work))
         if outcomes is None:
             return False
+        self.commits.count(time.monotonic() - began)
+        self.commits.under_way_since = None
         for arrived in batch:
             self._connection.acknowledge(arrived.message)
         self._count(work, outcomes)
@@ -236,6 +245,7 @@ class Writer:
         pause, began = FIRST_RETRY_SECONDS, time.monotonic()
         tries = 0
         while True:
+            self.ticked_at = time.monotonic()
             try:
                 result = attempt()
             except OUT_OF_REACH as error:
@@ -316,7 +326,7 @@ class Gateway:
         )
         self._outbox = Outbox(settings, store, self.connection, ensure_signing_key(settings), now)
         self._failure: BaseException | None = None
-        self._ended = threading.Event()
+        self._ticked_at = time.monotonic()
 
     def run(self, stop: threading.Event) -> None:
         """Serve until `stop`; then finish what has been received, commit, acknowledge, leave.
@@ -329,11 +339,21 @@ class Gateway:
         self.connection.start()
         reports = Reports(self._settings.gateway.report_seconds, self.writer.counters, self._intake)
         chores = _Chores(self._settings, self._store, self._outbox, self.connection, self._now)
+        heartbeat = Heartbeat(
+            "gateway",
+            store=self._store,
+            alive_file=self._settings.alive_file("gateway"),
+            figures=self._figures,
+            looping=self._looping,
+            now=self._now,
+        )
         try:
-            while not stop.wait(self._settings.publishing.poll_seconds):
-                self._check_parts()
-                chores.run_due()
-                reports.log_due()
+            with heartbeat:
+                while not stop.wait(self._settings.publishing.poll_seconds):
+                    self._ticked_at = time.monotonic()
+                    self._check_parts()
+                    chores.run_due()
+                    reports.log_due()
         finally:
             self._stop.set()
             self._intake.close()
@@ -341,6 +361,18 @@ class Gateway:
             self.connection.stop()
         self._check_parts()
         reports.log("in all", Counters(), time.monotonic() - reports.started_at)
+
+    def _figures(self) -> dict[str, Any]:
+        writer = self.writer
+        return gateway_figures(
+            writer.counters, writer.commits, self._intake, self.connection, wal_bytes=self._store.log_bytes, now=self._now()
+        )
+
+    def _looping(self) -> bool:
+        now = time.monotonic()
+        return self.connection.tick_age_seconds < HUNG_SECONDS and all(
+            now - tick < HUNG_SECONDS for tick in (self._ticked_at, self.writer.ticked_at)
+        )
 
     def _received(self, message: Message) -> None:
         self._intake.put(message, self._now())

@@ -45,6 +45,12 @@ class Intake:
     def closed(self) -> bool:
         return self._closed
 
+    @property
+    def oldest_at(self) -> datetime | None:
+        """When the first of those that wait came; None if nothing waits."""
+        with self._changed:
+            return self._waiting[0].received_at if self._waiting else None
+
     def __len__(self) -> int:
         return len(self._waiting)
 

@@ -123,6 +123,7 @@ class CoordinatorSettings(BaseSettings):
     )
 
     data_directory: Path
+    alive_directory: Path | None = None  # where programs say that they are alive; none: data_directory / "alive"
     database_url: str = Field(default="", validate_default=True)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
@@ -167,6 +168,10 @@ class CoordinatorSettings(BaseSettings):
     @property
     def checkpoints_directory(self) -> Path:
         return self.data_directory / "checkpoints"
+
+    def alive_file(self, program: str) -> Path:
+        """Touched while the loops of `program` go round (coordinator/alive.py)."""
+        return (self.alive_directory or self.data_directory / "alive") / program
 
     @classmethod
     def settings_customise_sources(

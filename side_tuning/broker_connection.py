@@ -134,6 +134,7 @@ class BrokerConnection:
         self._attempt = _Attempt()
         self.keepalive_seconds = settings.keepalive_seconds  # in force on this connection
         self.max_packet_bytes: int | None = None
+        self.peer_certificate_expires_at: float | None = None  # of the broker that accepted us last, seconds since 1970
         self.protocol: Literal["5", "3.1.1"] = "3.1.1" if settings.protocol == "3.1.1" else "5"
         self._learned_limit: int | None = None  # from a broker that states no limit but enforces one
         self.last_error = ""
@@ -375,6 +376,7 @@ class BrokerConnection:
         self.max_packet_bytes = stated.get("MaximumPacketSize", self._learned_limit)
         # paho ignores the broker's ReceiveMaximum; nothing is in flight yet, so the limit can still be set.
         client._max_inflight_messages = min(stated.get("ReceiveMaximum", 100), 100)
+        self.peer_certificate_expires_at = _peer_expiry(client)
         with self._lock:
             self._epoch += 1
             attempt.epoch = self._epoch
@@ -558,6 +560,14 @@ class _Attempt:
 
 def _leave_writing_to_the_loop(*_: object) -> None:
     pass
+
+
+def _peer_expiry(client: paho.Client) -> float | None:
+    peer = client.socket()
+    if not isinstance(peer, ssl.SSLSocket):
+        return None
+    until = (peer.getpeercert() or {}).get("notAfter")
+    return float(ssl.cert_time_to_seconds(until)) if isinstance(until, str) else None
 
 
 def _close(client: paho.Client) -> None:

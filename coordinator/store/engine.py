@@ -69,6 +69,14 @@ class Store:
         with self._read_sessions() as session, session.begin():
             yield session
 
+    @property
+    def log_bytes(self) -> int | None:
+        """The size of SQLite's write-ahead log; None on PostgreSQL."""
+        if self.url.get_backend_name() != "sqlite":
+            return None
+        log = Path(f"{self.url.database}-wal")
+        return log.stat().st_size if log.exists() else 0
+
     def checkpoint_log(self) -> int:
         """Move SQLite's write-ahead log into the database and return the bytes that are left in it.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from coordinator.files import file_trouble
+from coordinator.heartbeat import Heartbeat
 from coordinator.settings import CoordinatorSettings
 from coordinator.store.engine import Store, open_store
 from coordinator.store.errors import StoreUnavailable
@@ -25,6 +27,7 @@ from coordinator.store.training import insert_checkpoint, insert_evaluation, lat
 from coordinator.training.anchors import AnchorError, Anchors, open_anchors
 from coordinator.training.checkpoints import Progress, metrics_of, prune_checkpoints, resume, save_checkpoint
 from coordinator.training.evaluation import Measurement, evaluate, metrics
+from coordinator.training.figures import Figures
 from coordinator.training.learner import Learner, side_network_config
 from coordinator.training.run_state import RunIdentity, begin_or_continue, what_is_learned
 from coordinator.training.sampler import GrowingArray, Sampler
@@ -37,6 +40,7 @@ from side_tuning.wire.messages import TapPlan
 log = logging.getLogger(__name__)
 
 Now = Callable[[], datetime]
+RECENT_BATCHES = 50
 
 
 def utc_now() -> datetime:
@@ -63,6 +67,10 @@ class Training:
     offered_step: int = 0  # the store knows of this one
     troubles: Troubles = field(default_factory=Troubles)
     told: set[str] = field(default_factory=set)  # why samples are skipped, as far as logged
+    # For the heartbeat alone.
+    ticked_at: float = field(default_factory=time.monotonic)
+    loss: float | None = None  # of the newest step
+    recent: deque[list[int]] = field(default_factory=lambda: deque(maxlen=RECENT_BATCHES))  # device numbers in the cache
 
 
 def run(settings: CoordinatorSettings, stop: threading.Event, now: Now = utc_now) -> None:
@@ -72,9 +80,15 @@ def run(settings: CoordinatorSettings, stop: threading.Event, now: Now = utc_now
         raise RuntimeError("training.device is cuda, but torch finds no CUDA device: set it to cpu, or install a CUDA build of torch")
     store = open_store(settings.database_url)
     troubles = Troubles()
+    figures = Figures(settings, troubles)
+    heartbeat = Heartbeat(
+        "trainer", store=store, alive_file=settings.alive_file("trainer"), figures=figures, looping=figures.looping, now=now
+    )
     waiting = False
+    heartbeat.start()
     try:
         while not stop.is_set():
+            figures.tick()
             plan = _fleet_plan(store)
             if plan is None:
                 if not waiting:
@@ -89,11 +103,14 @@ def run(settings: CoordinatorSettings, stop: threading.Event, now: Now = utc_now
                 stop.wait(settings.training.poll_seconds)
                 continue
             troubles.over("no run can begin or go on")
+            figures.training = training
             try:
                 train(training, store, settings, stop, now)
             finally:
+                figures.training = None
                 training.cache.close()
     finally:
+        heartbeat.stop()
         store.close()
 
 
@@ -139,7 +156,7 @@ def train(training: Training, store: Store, settings: CoordinatorSettings, stop:
     polled_at = evaluated_at = saved_at = stepped_at = began
     behind, waiting = True, False
     while not stop.is_set():
-        clock = time.monotonic()
+        clock = training.ticked_at = time.monotonic()
         if behind or clock - polled_at >= knobs.poll_seconds:
             behind, polled_at = _look_for_samples(training, store), clock
             if not (behind or waiting) and training.sampler.samples < knobs.min_samples:
@@ -180,8 +197,11 @@ def may_step(training: Training, settings: CoordinatorSettings) -> bool:
 def take_step(training: Training, settings: CoordinatorSettings) -> float:
     """Batch `training.step`: draw, gather, learn."""
     picked = training.sampler.draw(training.step, settings.training.batch_size)
-    batch = training.cache.gather(training.numbers.values[picked])
+    numbers = training.numbers.values[picked]
+    batch = training.cache.gather(numbers)
     loss = training.learner.step(batch, training.step)
+    training.loss = loss
+    training.recent.append(training.cache.records["device"][numbers].tolist())
     training.step += 1
     training.samples_drawn += len(picked)
     return loss
