@@ -115,6 +115,19 @@ class EnrolmentSettings(_Section):
     broker_directory: Path | None = None  # what the broker reads: its key, authorities, revocation lists; none: data_directory / "broker"
 
 
+class DashboardSettings(_Section):
+    """What `dashboards serve` shows, to whom, and who may do more than look."""
+
+    host: str = "127.0.0.1"  # whoever reaches it can look: leave the loopback only behind something that asks who they are
+    port: int = Field(default=8080, ge=1, le=65_535)
+    allowed_hosts: tuple[str, ...] = ()  # names it answers to besides the loopback's; empty: any, once `host` is not the loopback
+    password_file: Path | None = None  # the operator's password, first line; none: nobody can do more than look
+    session_hours: float = Field(default=12.0, gt=0, le=720)
+    every_seconds: float = Field(default=2.0, gt=0, le=60)  # how often open pages move, at most
+    heartbeat_seconds: float = Field(default=30.0, gt=0)  # how often the devices report: `health.every_seconds` of their agents
+    metrics_devices: int = Field(default=1000, ge=0)  # devices that /metrics lists one by one; the rest only counts in the sums
+
+
 class CoordinatorSettings(BaseSettings):
     """Everything that `coordinator` programs can be told."""
 
@@ -135,6 +148,7 @@ class CoordinatorSettings(BaseSettings):
     publishing: PublishingSettings = PublishingSettings()
     retention: RetentionSettings = RetentionSettings()
     enrolment: EnrolmentSettings = EnrolmentSettings()
+    dashboard: DashboardSettings = DashboardSettings()
 
     @field_validator("data_directory")
     @classmethod

@@ -6,16 +6,19 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from coordinator import arrivals
 from coordinator.store.ingest import pace_of, rate_of
-from coordinator.store.models import ArrivalMinute, Checkpoint, Device, Evaluation, Run, Spool
+from coordinator.store.models import ArrivalMinute, Checkpoint, Device, Evaluation, Spool
 from coordinator.store.timestamps import from_seconds, to_seconds
 from side_tuning.wire.bounded import FrameError
 from side_tuning.wire.messages import Health
+
+_RECENT_EVALUATIONS = 3
 
 
 @dataclass(frozen=True)
@@ -77,34 +80,50 @@ class FleetTotals:
     ledger: arrivals.Ledger
 
 
-def device_overview(session: Session, now: datetime, heartbeat_seconds: float = arrivals.HEARTBEAT_SECONDS) -> list[DeviceOverview]:
-    """Every device by name. Three queries, whatever the size of the fleet."""
-    spools: dict[int, list[Spool]] = defaultdict(list)
-    for spool in session.scalars(select(Spool).order_by(Spool.id)):
+# What devices said last, decoded; kept by a caller that looks again and again, so that only news is decoded.
+KnownHealth = dict[str, tuple[bytes, Health | None]]
+
+
+def device_overview(
+    session: Session,
+    now: datetime,
+    heartbeat_seconds: float = arrivals.HEARTBEAT_SECONDS,
+    *,
+    device: str | None = None,
+    known_health: KnownHealth | None = None,
+) -> list[DeviceOverview]:
+    """Every device by name, or just one. Few queries, whatever the size of the fleet."""
+    known = {} if known_health is None else known_health
+    accuracy = newest_accuracy(session)
+    # Plain rows: with thousands of devices, making mapped objects of them takes longer than reading them.
+    wanted = select(*Device.__table__.columns).order_by(Device.name)
+    of_spools = select(*Spool.__table__.columns).order_by(Spool.id)
+    if device is not None:
+        wanted = wanted.where(Device.name == device)
+        of_spools = of_spools.where(Spool.device_id == select(Device.id).where(Device.name == device).scalar_subquery())
+    spools: dict[int, list[Any]] = defaultdict(list)
+    for spool in session.execute(of_spools):
         spools[spool.device_id].append(spool)
-    accuracy = _newest_accuracy(session)
-    devices = session.scalars(select(Device).order_by(Device.name))
-    return [_overview(row, spools[row.id], accuracy.get(row.name), now, heartbeat_seconds) for row in devices]
+    devices = session.execute(wanted).all()
+    return [_overview(row, spools[row.id], accuracy.get(row.name), now, heartbeat_seconds, known) for row in devices]
 
 
-def fleet_totals(session: Session) -> FleetTotals:
-    """The sums, from the counters of every spool."""
-    spools = list(session.scalars(select(Spool)))
-    devices, unattributed = session.execute(
-        select(func.count(), func.coalesce(func.sum(Device.unattributed_rejections), 0)).select_from(Device)
-    ).one()
+def fleet_totals(session: Session, devices: Sequence[DeviceOverview] | None = None) -> FleetTotals:
+    """The sums over `devices`, which are read if not given."""
+    if devices is None:
+        devices = device_overview(session, from_seconds(0))  # no sum depends on the time
     offered, published = session.execute(select(func.count(Checkpoint.generation), func.count(Checkpoint.published_at))).one()
     return FleetTotals(
-        devices=devices,
-        frames_stored=sum(spool.stored_frames for spool in spools),
-        samples_stored=sum(spool.stored_samples for spool in spools),
-        bytes_stored=sum(spool.stored_bytes for spool in spools),
-        frames_rejected=sum(spool.rejected_frames for spool in spools) + int(unattributed),
-        duplicate_frames=sum(spool.duplicate_frames for spool in spools),
-        duplicate_samples=sum(spool.duplicate_samples for spool in spools),
+        devices=len(devices),
+        frames_stored=sum(one.stored_frames for one in devices),
+        samples_stored=sum(one.stored_samples for one in devices),
+        bytes_stored=sum(one.stored_bytes for one in devices),
+        frames_rejected=sum(one.rejected_frames for one in devices),
+        duplicate_frames=sum(one.duplicate_frames for one in devices),
+        duplicate_samples=sum(one.duplicate_samples for one in devices),
         checkpoints=offered,
         checkpoints_published=published,
-        ledger=arrivals.combine(spool_ledger(spool) for spool in spools),
+        ledger=arrivals.combine(one.ledger for one in devices),
     )
 
 
@@ -153,10 +172,12 @@ def spool_ledger(spool: Spool) -> arrivals.Ledger:
     )
 
 
-def _overview(row: Device, spools: Sequence[Spool], accuracy: float | None, now: datetime, heartbeat_seconds: float) -> DeviceOverview:
+def _overview(  # noqa: PLR0917 - a row and what goes with it
+    row: Any, spools: Sequence[Any], accuracy: float | None, now: datetime, heartbeat_seconds: float, known: KnownHealth
+) -> DeviceOverview:
     seconds = to_seconds(now)
     expected = arrivals.expected_by(pace_of(row))
-    health = _health(row)
+    health = _health(row, known)
     fresh = row.heartbeat_at is not None and (row.last_arrival_at is None or row.heartbeat_at >= row.last_arrival_at)
     state = arrivals.state(
         arrivals.Signals(
@@ -206,32 +227,36 @@ def _overview(row: Device, spools: Sequence[Spool], accuracy: float | None, now:
     )
 
 
-def _health(row: Device) -> Health | None:
+def _health(row: Any, known: KnownHealth) -> Health | None:
     if row.health is None:
         return None
+    before = known.get(row.name)
+    if before is not None and before[0] == row.health:
+        return before[1]
     try:
-        return Health.from_bytes(row.health)
+        health = Health.from_bytes(row.health)
     except FrameError:  # written by a newer version of this program
-        return None
+        health = None
+    known[row.name] = (row.health, health)
+    return health
 
 
 def _seconds(moment: datetime | None) -> float | None:
     return None if moment is None else to_seconds(moment)
 
 
-def _newest_accuracy(session: Session) -> dict[str, float]:
-    """Held-out accuracy by device, from the newest evaluation of the newest run that has any."""
-    run = select(func.max(Run.id)).join(Evaluation, Evaluation.run_id == Run.id).where(Evaluation.scope == "device").scalar_subquery()
-    newest = (
-        select(Evaluation.name, func.max(Evaluation.step).label("step"))
-        .where(Evaluation.run_id == run, Evaluation.scope == "device")
-        .group_by(Evaluation.name)
-        .subquery()
-    )
+def newest_accuracy(session: Session) -> dict[str, float]:
+    """Held-out accuracy by device, from the newest evaluations of the newest run that has any."""
+    newest = select(Evaluation.run_id).where(Evaluation.scope == "device").order_by(Evaluation.id.desc()).limit(1)
+    run = session.scalar(newest)
+    if run is None:
+        return {}
+    # A long run has measured every device thousands of times: look at its last few evaluations only.
+    steps = select(Evaluation.step).where(Evaluation.run_id == run, Evaluation.scope == "fleet").distinct()
+    lately = session.scalars(steps.order_by(Evaluation.step.desc()).limit(_RECENT_EVALUATIONS)).all()
     rows = session.execute(
         select(Evaluation.name, Evaluation.accuracy)
-        .join(newest, (Evaluation.name == newest.c.name) & (Evaluation.step == newest.c.step))
-        .where(Evaluation.run_id == run, Evaluation.scope == "device")
-        .order_by(Evaluation.id)
+        .where(Evaluation.run_id == run, Evaluation.scope == "device", Evaluation.step >= min(lately, default=0))
+        .order_by(Evaluation.step, Evaluation.id)
     )
     return {name: accuracy for name, accuracy in rows}  # noqa: C416 - a Row is no pair to mypy

@@ -1,0 +1,294 @@
+"""What the dashboards read beyond the fleet's overview: access, timelines, series for plots, programs, the audit trail.
+
+Rules: nothing here writes, every query is bounded, and times are taken as they lie in the store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from coordinator.store.models import (
+    ArrivalMinute,
+    AuditEntry,
+    Certificate,
+    Claim,
+    CommandRow,
+    Device,
+    Evaluation,
+    FrameRow,
+    Identity,
+    ProgramRow,
+    Rejection,
+    Run,
+    Spool,
+    TapPlanRow,
+)
+from side_tuning.wire.messages import TapPlan
+from side_tuning.wire.topics import FLEET
+
+EVERYTHING = 1_000_000
+
+
+@dataclass(frozen=True)
+class DeviceAccess:
+    """Whether a device may come in: its identity, and the newest claim and certificate."""
+
+    device: str
+    group: str
+    created_at: datetime
+    enrolled_at: datetime | None
+    revoked_at: datetime | None
+    revoked_reason: str
+    waits_since: datetime | None  # a certificate request that waits for approval
+    certificate_expires_at: datetime | None  # of the newest certificate that is not revoked
+
+
+@dataclass(frozen=True)
+class Program:
+    """A server program's newest word of itself."""
+
+    name: str
+    started_at: datetime
+    at: datetime
+    status: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One held-out measurement."""
+
+    step: int
+    name: str
+    accuracy: float
+    loss: float
+    samples: int
+    at: datetime
+
+
+@dataclass(frozen=True)
+class Minute:
+    """What arrived from a device within one minute."""
+
+    minute: datetime
+    frames: int
+    samples: int
+    payload_bytes: int
+    duplicates: int
+    rejected: int
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A device's way from the claim to its first stored sample; None is what has not happened (or was before claims)."""
+
+    claimed_at: datetime | None
+    enrolled_at: datetime | None
+    first_seen_at: datetime | None
+    first_stored_at: datetime | None
+
+
+@dataclass(frozen=True)
+class DeviceCertificate:
+    serial: str
+    issued_at: datetime
+    expires_at: datetime
+    seen_at: datetime | None
+    revoked_at: datetime | None
+
+
+@dataclass(frozen=True)
+class Order:
+    """A command to a device and whether the gateway has sent it."""
+
+    name: str
+    created_at: datetime
+    created_by: str
+    sent_at: datetime | None
+    expires_at: datetime
+
+
+@dataclass(frozen=True)
+class AuditLine:
+    at: datetime
+    actor: str
+    action: str
+    device: str | None
+    outcome: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class RejectedPayload:
+    device: str
+    received_at: datetime
+    payload: bytes | None  # None once retention has dropped it
+
+
+def device_access(session: Session) -> dict[str, DeviceAccess]:
+    """Every device that a claim was ever made for."""
+    expiry = select(Certificate.device, func.max(Certificate.expires_at)).where(Certificate.revoked_at.is_(None)).group_by(Certificate.device)
+    expires = {device: at for device, at in session.execute(expiry)}  # noqa: C416 - a Row is no pair to mypy
+    held = (Claim.approved_at.is_(None), Claim.spent_at.is_(None), Claim.withdrawn_at.is_(None))
+    requests = select(Claim.device, func.min(Claim.requested_at)).where(Claim.requested_at.is_not(None), *held).group_by(Claim.device)
+    waiting = {device: at for device, at in session.execute(requests)}  # noqa: C416
+    rows = session.execute(select(*Identity.__table__.columns).order_by(Identity.device))
+    return {
+        row.device: DeviceAccess(
+            row.device,
+            row.group,
+            row.created_at,
+            row.enrolled_at,
+            row.revoked_at,
+            row.revoked_reason,
+            waiting.get(row.device),
+            expires.get(row.device),
+        )
+        for row in rows
+    }
+
+
+def programs(session: Session) -> list[Program]:
+    """The server programs by name."""
+    rows = session.execute(select(*ProgramRow.__table__.columns).order_by(ProgramRow.name))
+    return [Program(row.name, row.started_at, row.at, row.status if isinstance(row.status, dict) else {}) for row in rows]
+
+
+def newest_run(session: Session) -> str | None:
+    """The run that was measured last; before any measurement, the one that began last."""
+    measured = session.scalar(select(Evaluation.run_id).order_by(Evaluation.id.desc()).limit(1))
+    wanted = select(Run.name).order_by(Run.id.desc()) if measured is None else select(Run.name).where(Run.id == measured)
+    return session.scalar(wanted.limit(1))
+
+
+def accuracy_series(session: Session, run: str, scope: str, *, name: str | None = None, limit: int = 500) -> list[Measured]:
+    """The newest measurements of a run in one scope (and of one device or backbone), oldest first."""
+    run_id = select(Run.id).where(Run.name == run).scalar_subquery()
+    wanted = select(
+        Evaluation.step, Evaluation.name, Evaluation.accuracy, Evaluation.loss, Evaluation.samples, Evaluation.at
+    ).where(Evaluation.run_id == run_id, Evaluation.scope == scope)
+    if name is not None:
+        wanted = wanted.where(Evaluation.name == name)
+    rows = session.execute(wanted.order_by(Evaluation.step.desc(), Evaluation.id.desc()).limit(limit)).all()
+    return [Measured(*row) for row in reversed(rows)]
+
+
+def arrival_minutes(session: Session, device: str, since: datetime) -> list[Minute]:
+    """What arrived from a device in each minute from `since` on, oldest first; minutes without arrivals are left out."""
+    rows = session.execute(
+        select(
+            ArrivalMinute.minute,
+            ArrivalMinute.frames,
+            ArrivalMinute.samples,
+            ArrivalMinute.payload_bytes,
+            ArrivalMinute.duplicates,
+            ArrivalMinute.rejected,
+        )
+        .join(Device, Device.id == ArrivalMinute.device_id)
+        .where(Device.name == device, ArrivalMinute.minute >= since)
+        .order_by(ArrivalMinute.minute)
+    )
+    return [Minute(*row) for row in rows]
+
+
+def arrivals_by_device(session: Session, since: datetime) -> dict[str, int]:
+    """Samples that arrived from each device from the minute `since` on."""
+    rows = session.execute(
+        select(Device.name, func.sum(ArrivalMinute.samples))
+        .join(Device, Device.id == ArrivalMinute.device_id)
+        .where(ArrivalMinute.minute >= since)
+        .group_by(Device.name)
+    )
+    return {name: int(samples) for name, samples in rows}
+
+
+def usual_interval(session: Session, device: str) -> float | None:
+    """Seconds between a device's arrivals, as its pace has settled."""
+    return session.scalar(select(Device.interval_seconds).where(Device.name == device))
+
+
+def timeline(session: Session, device: str) -> Timeline:
+    """The device's first times."""
+    claimed = session.scalar(select(func.min(Claim.created_at)).where(Claim.device == device))
+    identity = session.execute(select(Identity.created_at, Identity.enrolled_at).where(Identity.device == device)).first()
+    seen = session.execute(select(Device.id, Device.first_seen_at).where(Device.name == device)).first()
+    stored = None
+    if seen is not None:
+        first_spool = select(Spool.id).where(Spool.device_id == seen.id, Spool.stored_frames > 0).order_by(Spool.id).limit(1)
+        spool = session.scalar(first_spool)
+        if spool is not None:
+            stored = session.scalar(select(FrameRow.received_at).where(FrameRow.spool_id == spool).order_by(FrameRow.sequence).limit(1))
+    return Timeline(
+        claimed_at=claimed or (None if identity is None else identity.created_at),
+        enrolled_at=None if identity is None else identity.enrolled_at,
+        first_seen_at=None if seen is None else seen.first_seen_at,
+        first_stored_at=stored,
+    )
+
+
+def device_certificates(session: Session, device: str, limit: int = 5) -> list[DeviceCertificate]:
+    """The newest certificates of a device, newest first."""
+    rows = session.execute(
+        select(
+            Certificate.serial, Certificate.issued_at, Certificate.expires_at, Certificate.seen_at, Certificate.revoked_at
+        )
+        .where(Certificate.device == device)
+        .order_by(Certificate.issued_at.desc())
+        .limit(limit)
+    )
+    return [DeviceCertificate(*row) for row in rows]
+
+
+def orders(session: Session, device: str, limit: int = 5) -> list[Order]:
+    """The newest commands to a device, newest first."""
+    rows = session.execute(
+        select(CommandRow.name, CommandRow.created_at, CommandRow.created_by, CommandRow.sent_at, CommandRow.expires_at)
+        .where(CommandRow.device == device)
+        .order_by(CommandRow.id.desc())
+        .limit(limit)
+    )
+    return [Order(*row) for row in rows]
+
+
+def assigned_plan(session: Session, device: str) -> tuple[TapPlan, bool] | None:
+    """The tap plan that a device should follow, and whether it is its own rather than the fleet's."""
+    for owner in (device, FLEET):
+        payload = session.scalar(select(TapPlanRow.plan).where(TapPlanRow.owner == owner).order_by(TapPlanRow.version.desc()).limit(1))
+        if payload is not None:
+            return TapPlan.from_bytes(payload), owner == device
+    return None
+
+
+def audit_lines(session: Session, device: str | None = None, *, limit: int = 200) -> list[AuditLine]:
+    """The newest entries of the audit trail, newest first."""
+    wanted = select(
+        AuditEntry.at, AuditEntry.actor, AuditEntry.action, AuditEntry.device, AuditEntry.outcome, AuditEntry.detail
+    ).order_by(AuditEntry.id.desc())
+    if device is not None:
+        wanted = wanted.where(AuditEntry.device == device)
+    return [AuditLine(*row) for row in session.execute(wanted.limit(limit))]
+
+
+def rejected_payload(session: Session, rejection_id: int) -> RejectedPayload | None:
+    """The bytes of a rejected message as they came; None if there is no such rejection."""
+    row = session.execute(
+        select(Device.name, Rejection.received_at, Rejection.payload)
+        .join(Device, Device.id == Rejection.device_id)
+        .where(Rejection.id == rejection_id)
+    ).first()
+    return None if row is None else RejectedPayload(*row)
+
+
+def log_bytes(session: Session) -> int | None:
+    """The size of SQLite's write-ahead log in bytes; None on PostgreSQL."""
+    url = session.get_bind().engine.url
+    if url.get_backend_name() != "sqlite" or url.database is None:
+        return None
+    path = Path(f"{url.database}-wal")
+    return path.stat().st_size if path.exists() else 0

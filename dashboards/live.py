@@ -1,0 +1,272 @@
+"""Keeps what open pages show up to date: one thread reads the fleet, every page's viewers share what it made of that.
+
+A page is a set of named fragments of HTML. A channel is one page with its query; the sampler renders a channel's
+fragments once per round and sends all of its viewers the same bytes: those fragments that changed. Nobody looking,
+nothing read. The store is read in short transactions, none is held between rounds, however long a page stays open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+
+from fastapi import Request
+
+from coordinator.store.engine import Store, open_store
+from coordinator.store.errors import StoreError
+from coordinator.store.fleet import KnownHealth
+from dashboards.snapshot import FleetSnapshot, take_snapshot
+from side_tuning.repeats import Repeats
+
+logger = logging.getLogger(__name__)
+
+MAX_VIEWERS = 500
+RETRY_SECONDS = 1.0  # between attempts to open a store that is not there yet
+KEEP_ALIVE_SECONDS = 15.0  # so that a viewer who vanished is noticed
+# Reading may take this share of the time at most: a fleet that takes long to read is read less often.
+BUSY_SHARE = 0.05
+
+Fragments = Mapping[str, str]
+Render = Callable[[FleetSnapshot], Fragments]
+
+
+class TooManyViewersError(RuntimeError):
+    """No more live pages can be served."""
+
+
+@dataclass
+class Channel:
+    """One page with its query: what its viewers show now, and the newest change as it goes out."""
+
+    render: Render
+    viewers: int = 0
+    version: int = 0
+    fragments: Fragments = field(default_factory=dict)
+    changes: bytes = b""  # from version - 1 to version
+
+
+class StoreAccess:
+    """The store, opened when it can be; readers never make it."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._store: Store | None = None
+        self._trouble: StoreError | None = None
+        self._tried_at = float("-inf")
+        self._lock = threading.Lock()
+
+    def reader(self) -> Store:
+        """The open store.
+
+        Raises:
+            StoreError: it is not there yet, has another schema, or cannot be reached; tried again after a second.
+
+        """
+        with self._lock:
+            if self._store is not None:
+                return self._store
+            if self._trouble is not None and time.monotonic() - self._tried_at < RETRY_SECONDS:
+                raise self._trouble
+            self._tried_at = time.monotonic()
+            try:
+                self._store = open_store(self._url, read_only=True)
+            except StoreError as error:
+                self._trouble = error
+                raise
+            return self._store
+
+    def close(self) -> None:
+        with self._lock:
+            if self._store is not None:
+                self._store.close()
+                self._store = None
+
+
+def utc_now() -> datetime:
+    return datetime.now(timezone.utc)
+
+
+class Live:
+    """The sampler thread, the newest snapshot and the channels."""
+
+    def __init__(
+        self, access: StoreAccess, *, every_seconds: float, heartbeat_seconds: float, now: Callable[[], datetime] = utc_now
+    ) -> None:
+        self._access = access
+        self._every = every_seconds
+        self._heartbeat = heartbeat_seconds
+        self._now = now
+        self._known_health: KnownHealth = {}
+        self._snapshot: FleetSnapshot | None = None
+        self._taken_at = float("-inf")
+        self._read_lock = threading.Lock()
+        self._channels: dict[str, Channel] = {}
+        self._lock = threading.Lock()  # of channels and closed
+        self._wake = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._news: asyncio.Event | None = None
+        self._thread: threading.Thread | None = None
+        self._troubles = Repeats()
+        self.closed = False
+        self.rounds = 0
+
+    # The shared snapshot.
+
+    def snapshot(self) -> FleetSnapshot:
+        """The fleet as it was at most a round ago; whoever comes first reads it for all.
+
+        Raises:
+            StoreError: the store cannot be read now.
+
+        """
+        with self._read_lock:
+            kept = self._snapshot
+            if kept is not None and time.monotonic() - self._taken_at < self._pause(kept):
+                return kept
+            return self._read()
+
+    def fresh(self) -> FleetSnapshot:
+        """The fleet as it is now: for the page that follows an action."""
+        with self._read_lock:
+            return self._read()
+
+    def _read(self) -> FleetSnapshot:
+        taken = take_snapshot(self._access.reader(), self._now(), self._heartbeat, self._known_health)
+        self._snapshot, self._taken_at = taken, time.monotonic()
+        return taken
+
+    def _pause(self, snapshot: FleetSnapshot | None) -> float:
+        return max(self._every, 0.0 if snapshot is None else snapshot.read_seconds / BUSY_SHARE)
+
+    # Viewers.
+
+    def start(self) -> None:
+        """Begin to serve viewers; called on the event loop that serves them."""
+        self._loop, self._news = asyncio.get_running_loop(), asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End every open stream and the sampler; from any thread, more than once."""
+        self.closed = True
+        self._wake.set()
+        self._announce()
+
+    @property
+    def viewers(self) -> int:
+        with self._lock:
+            return sum(channel.viewers for channel in self._channels.values())
+
+    async def updates(self, key: str, render: Render) -> AsyncIterator[bytes]:
+        """Server-sent events for one viewer of the page `key`, first everything it shows, then what changes.
+
+        Raises:
+            TooManyViewersError: at most MAX_VIEWERS are served.
+
+        """
+        assert self._news is not None
+        with self._lock:
+            if sum(channel.viewers for channel in self._channels.values()) >= MAX_VIEWERS:
+                raise TooManyViewersError(f"{MAX_VIEWERS} pages are being kept up to date already; close some")
+            channel = self._channels.setdefault(key, Channel(render))
+            channel.viewers += 1
+        self._wake.set()
+        try:
+            yield b"retry: 3000\n\n"
+            seen = 0
+            while not self.closed:
+                news = self._news  # before looking, so that a change in between is not missed
+                with self._lock:
+                    version, changes, fragments = channel.version, channel.changes, channel.fragments
+                if version == seen:
+                    try:
+                        await asyncio.wait_for(news.wait(), KEEP_ALIVE_SECONDS)
+                    except asyncio.TimeoutError:
+                        yield b": still here\n\n"
+                    continue
+                yield changes if version == seen + 1 and seen else _event(fragments, self._now())
+                seen = version
+        finally:
+            with self._lock:
+                channel.viewers -= 1
+                if channel.viewers == 0 and self._channels.get(key) is channel:
+                    del self._channels[key]
+
+    def _announce(self) -> None:
+        """Wake every viewer; from any thread."""
+
+        def swap() -> None:
+            before, self._news = self._news, asyncio.Event()
+            if before is not None:
+                before.set()
+
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(swap)
+
+    # The sampler.
+
+    def _run(self) -> None:
+        while not self.closed:
+            if self.viewers == 0:
+                self._wake.wait(60.0)
+                self._wake.clear()
+                continue
+            began = time.monotonic()
+            try:
+                snapshot = self.snapshot()
+                self._refresh(snapshot)
+            except StoreError as error:
+                snapshot = None
+                if self._troubles.count(str(error)) == 1:
+                    logger.warning("the fleet cannot be read: %s", error)
+            except Exception:
+                # A page that cannot be rendered must not leave every other page standing still.
+                snapshot = None
+                logger.exception("a round of live updates failed")
+            self.rounds += 1
+            pause = self._pause(snapshot) - (time.monotonic() - began)
+            # A new viewer does not wait for the round: its page is complete, and the first event brings the next one.
+            deadline = time.monotonic() + max(pause, self._every / 4)
+            while not self.closed and (left := deadline - time.monotonic()) > 0:
+                if self._wake.wait(left) and not self.closed:
+                    self._wake.clear()
+                    self._refresh_new()
+
+    def _refresh(self, snapshot: FleetSnapshot, *, only_new: bool = False) -> None:
+        with self._lock:
+            channels = [c for c in self._channels.values() if not only_new or c.version == 0]
+        for channel in channels:
+            fragments = channel.render(snapshot)
+            changed = {name: html for name, html in fragments.items() if channel.fragments.get(name) != html}
+            if not changed and channel.version:
+                continue
+            with self._lock:
+                channel.fragments = fragments
+                channel.changes = _event(changed, snapshot.at)
+                channel.version += 1
+        self._announce()
+
+    def _refresh_new(self) -> None:
+        try:
+            self._refresh(self.snapshot(), only_new=True)
+        except StoreError:
+            return  # the round says so
+        except Exception:
+            logger.exception("a new page could not be rendered")
+
+
+def _event(fragments: Fragments, at: datetime) -> bytes:
+    """A server-sent event: JSON never holds a line break, so one data line is enough."""
+    return b"data: " + json.dumps({"at": at.timestamp(), "fragments": dict(fragments)}, separators=(",", ":")).encode() + b"\n\n"
+
+
+def snapshot(request: Request) -> FleetSnapshot:
+    """The shared snapshot, for routes of other modules (`/metrics`): `Depends(snapshot)`."""
+    live: Live = request.app.state.live
+    return live.snapshot()
