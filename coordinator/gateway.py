@@ -15,14 +15,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from typing import Any, TypeVar
 
-from sqlalchemy.exc import InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
-from coordinator.commands import send_commands
+from coordinator.chores import Chores
 from coordinator.counters import Commits, Counters, Reports, gateway_figures
 from coordinator.files import held
 from coordinator.heartbeat import Heartbeat
@@ -30,16 +28,13 @@ from coordinator.identities import broker_settings_for
 from coordinator.ingest import Registry, decode_payload, device_of, refusal, shorten
 from coordinator.intake import Arrived, Intake
 from coordinator.outbox import Outbox, ensure_signing_key
-from coordinator.planning import follow_settings
 from coordinator.receipts import ReceiptDesk
 from coordinator.settings import CoordinatorSettings, GatewaySettings
-from coordinator.store.engine import Store, open_store
-from coordinator.store.errors import StoreUnavailable
+from coordinator.store.engine import OUT_OF_REACH, Store, open_store
 from coordinator.store.health import record_health
 from coordinator.store.ingest import FrameOutcome, ReceivedFrame, insert_frames
 from coordinator.store.registry import backbones, plans
 from coordinator.store.rejections import insert_rejection
-from coordinator.store.retention import apply_retention
 from side_tuning.broker_connection import BrokerConnection, Connected, Message
 from side_tuning.repeats import Repeats
 from side_tuning.wire import topics
@@ -51,16 +46,12 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# What passes by itself or with some disk space: the batch is kept and tried again.
-OUT_OF_REACH = (StoreUnavailable, OperationalError, InterfaceError, PoolTimeoutError)
-
 FRAMES = topics.all_devices_up("activations")
 HEALTH = topics.all_devices_up("health")
 
 IDLE_SECONDS = 0.25
 FIRST_RETRY_SECONDS = 0.2
 LONGEST_RETRY_SECONDS = 15.0
-RETENTION_STEPS = 100
 HUNG_SECONDS = 90.0  # the network thread goes round twice a second
 
 
@@ -338,7 +329,7 @@ class Gateway:
         thread.start()
         self.connection.start()
         reports = Reports(self._settings.gateway.report_seconds, self.writer.counters, self._intake)
-        chores = _Chores(self._settings, self._store, self._outbox, self.connection, self._now)
+        chores = Chores(self._settings, self._store, self._outbox, self.connection, self._now)
         heartbeat = Heartbeat(
             "gateway",
             store=self._store,
@@ -405,58 +396,6 @@ class Gateway:
                 raise GatewayError("the network thread died; its reason is in the log above")
             if self.connection.tick_age_seconds > HUNG_SECONDS:
                 raise GatewayError(f"the network thread has not moved for {self.connection.tick_age_seconds:.0f} s")
-
-
-class _Chores:
-    """What the main thread does between looks at the others; a store that is out of reach is said once."""
-
-    def __init__(
-        self, settings: CoordinatorSettings, store: Store, outbox: Outbox, connection: BrokerConnection, now: Callable[[], datetime]
-    ) -> None:
-        self._settings = settings
-        self._store = store
-        self._outbox = outbox
-        self._connection = connection
-        self._now = now
-        self._retention_at = time.monotonic()
-        self._trouble = 0
-        self._said_no_plan = False
-
-    def run_due(self) -> None:
-        try:
-            follow_settings(self._settings, self._store)
-            self._say_if_no_plan()
-            self._outbox.run_once()
-            send_commands(self._store, self._connection, self._now())
-            if time.monotonic() >= self._retention_at:
-                self._retention_at = time.monotonic() + self._settings.retention.every_seconds
-                self._apply_retention()
-        except (*OUT_OF_REACH, OSError) as error:
-            self._trouble += 1
-            if self._trouble == 1:
-                logger.error("plans, checkpoints and orders wait: %s", error)
-        else:
-            self._trouble = 0
-
-    def _say_if_no_plan(self) -> None:
-        if self._said_no_plan:
-            return
-        self._said_no_plan = True
-        with self._store.read() as session:
-            if not backbones(session):
-                logger.warning("no backbone is registered, so no frame can be accepted: run `coordinator backbone register FOLDER`")
-
-    def _apply_retention(self) -> None:
-        wanted = self._settings.retention
-        age = None if wanted.max_age_days is None else timedelta(days=wanted.max_age_days)
-        for _ in range(RETENTION_STEPS):  # what is left waits for the next time; the writer gets its turn in between
-            with self._store.write() as session:
-                step = apply_retention(session, age, wanted.max_bytes, self._now())
-            if step.frames or step.rejections:
-                logger.info("retention dropped the payloads of %d frames and %d rejected messages", step.frames, step.rejections)
-            if not step.more:
-                break
-        self._store.checkpoint_log()
 
 
 def run(settings: CoordinatorSettings, stop: threading.Event) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_url, text
 from sqlalchemy.engine import URL, ExceptionContext
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, sessionmaker
 
 from coordinator.store.errors import StoreError, StoreUnavailable
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 # The newest revision in migrations/versions. Revisions are numbers, so an older program can tell a newer schema.
 SCHEMA_REVISION = "0002"
 CURE = "run `coordinator database upgrade`"
+
+# What passes by itself or with some disk space: whatever was to be written is kept and tried again.
+OUT_OF_REACH = (StoreUnavailable, OperationalError, InterfaceError, PoolTimeoutError)
 
 _BUSY_TIMEOUT_SECONDS = 30.0
 _BUSY_TIMEOUT = f"PRAGMA busy_timeout = {int(_BUSY_TIMEOUT_SECONDS * 1000)}"
