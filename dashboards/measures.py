@@ -14,6 +14,7 @@ from cryptography import x509
 from coordinator.store import figures
 from coordinator.store.engine import Store
 from coordinator.store.fleet import DeviceOverview, FleetTotals, device_overview, fleet_totals
+from coordinator.store.programs import ProgramState, program_states
 
 # Names of the files are those of `coordinator init`; only public halves are read.
 _BROKER_CERTIFICATES = ("broker", "fleet-authority", "claims-authority")
@@ -38,12 +39,12 @@ class Measures:
     devices: list[DeviceOverview]
     totals: FleetTotals
     checkpoints: figures.CheckpointFigures
-    programs: list[figures.ProgramFigures] = field(default_factory=list)
+    programs: dict[str, ProgramState] = field(default_factory=dict)
     measured: list[figures.Measured] = field(default_factory=list)
     certificate_lifetimes: dict[str, tuple[datetime, datetime]] = field(default_factory=dict)
     backbones: int = 0
     database_bytes: int = 0
-    log_bytes: int = 0
+    log_bytes: int | None = None  # of SQLite's write-ahead log
     disk_size_bytes: int | None = None
     disk_free_bytes: int | None = None
     certificates: dict[str, datetime] = field(default_factory=dict)  # name -> expires
@@ -73,15 +74,15 @@ class FileCache:
 def take_measures(store: Store, now: datetime, places: Places, cache: FileCache) -> Measures:
     """Read everything. Raises StoreUnavailable or StoreError as the store does."""
     with store.read() as session:
-        database_bytes, log_bytes = figures.database_bytes(session)
         values: dict[str, Any] = {
             "devices": device_overview(session, now),
             "totals": fleet_totals(session),
             "checkpoints": figures.checkpoint_figures(session),
-            "programs": figures.program_figures(session),
+            "programs": program_states(session),
             "measured": figures.newest_measurements(session),
             "certificate_lifetimes": figures.certificate_lifetimes(session),
             "backbones": figures.registered_backbones(session),
+            "database_bytes": figures.database_bytes(session),
         }
     if places.data_directory is not None:
         try:
@@ -92,8 +93,7 @@ def take_measures(store: Store, now: datetime, places: Places, cache: FileCache)
             values |= {"disk_size_bytes": disk.total, "disk_free_bytes": disk.free}
     return Measures(
         now=now,
-        database_bytes=database_bytes,
-        log_bytes=log_bytes,
+        log_bytes=store.log_bytes,
         certificates=_certificates(places, cache),
         revocation_lists=_revocation_lists(places, cache),
         **values,

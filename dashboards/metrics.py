@@ -221,7 +221,7 @@ _NONE_IS_ZERO = ("oldest_uncommitted_seconds", "samples_per_second")  # nothing 
 
 
 def _server(measures: Measures) -> Iterator[Metric]:
-    programs = measures.programs
+    programs = measures.programs.values()
     yield _labelled("program_last_beat_timestamp_seconds", "When the program last said that it runs.", "program", {p.name: _at(p.at) for p in programs})
     yield _labelled("program_start_timestamp_seconds", "When the program started.", "program", {p.name: _at(p.started_at) for p in programs})
     yield _labelled(
@@ -231,14 +231,14 @@ def _server(measures: Measures) -> Iterator[Metric]:
         "program_in_trouble", "1 while something fails that the program tries again.", "program",
         {p.name: float(bool(p.status["error"])) for p in programs if "error" in p.status},
     )
-    by_name = {program.name: program for program in programs}
     for (program, key), (name, kind, text) in PROGRAM_FIGURES.items():
-        status = by_name[program].status if program in by_name else {}
+        status = measures.programs[program].status if program in measures.programs else {}
         value = number(0 if key in _NONE_IS_ZERO and status.get(key, 0) is None else status.get(key))
         if value is not None:
             yield _FAMILIES[kind](f"mobillm_{name}", text, value=value)
     yield _gauge("database_bytes", "Size of the database without its log.", measures.database_bytes)
-    yield _gauge("database_log_bytes", "Size of SQLite's write-ahead log.", measures.log_bytes)
+    if measures.log_bytes is not None:
+        yield _gauge("database_log_bytes", "Size of SQLite's write-ahead log.", measures.log_bytes)
     if measures.disk_free_bytes is not None and measures.disk_size_bytes is not None:
         yield _gauge("disk_free_bytes", "Free room on the disk of the data directory.", measures.disk_free_bytes)
         yield _gauge("disk_size_bytes", "Size of the disk of the data directory.", measures.disk_size_bytes)

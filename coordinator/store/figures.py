@@ -1,27 +1,15 @@
-"""Figures for monitoring that no page has a query for: the newest evaluations, checkpoints, programs, sizes on disk."""
+"""Figures for monitoring that no page has a query for: the newest evaluations, checkpoints, sizes on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
-from coordinator.store.models import Backbone, Certificate, Checkpoint, Evaluation, ProgramRow, Run
-
-
-@dataclass(frozen=True)
-class ProgramFigures:
-    """A server program's newest word of itself."""
-
-    name: str
-    started_at: datetime
-    at: datetime
-    status: Mapping[str, Any]
+from coordinator.store.models import Backbone, Certificate, Checkpoint, Evaluation, Run
 
 
 @dataclass(frozen=True)
@@ -46,12 +34,6 @@ class CheckpointFigures:
     offered_generation: int
     published_generation: int
     published_at: datetime | None
-
-
-def program_figures(session: Session) -> list[ProgramFigures]:
-    """Every server program that ever said that it runs, by name."""
-    rows = session.scalars(select(ProgramRow).order_by(ProgramRow.name))
-    return [ProgramFigures(row.name, row.started_at, row.at, row.status) for row in rows]
 
 
 def newest_measurements(session: Session) -> list[Measured]:
@@ -101,17 +83,10 @@ def registered_backbones(session: Session) -> int:
     return session.scalar(select(func.count()).select_from(Backbone)) or 0
 
 
-def database_bytes(session: Session) -> tuple[int, int]:
-    """(database, write-ahead log) on disk. On PostgreSQL the log belongs to the whole server and counts as 0 here."""
+def database_bytes(session: Session) -> int:
+    """Size of the database without SQLite's write-ahead log."""
     url = session.get_bind().engine.url
     if url.get_backend_name() == "postgresql":
-        return int(session.scalar(text("SELECT pg_database_size(current_database())")) or 0), 0
+        return int(session.scalar(text("SELECT pg_database_size(current_database())")) or 0)
     database = Path(str(url.database))
-    return _size(database), _size(database.with_name(database.name + "-wal"))
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
+    return database.stat().st_size if database.exists() else 0
