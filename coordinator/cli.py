@@ -79,6 +79,14 @@ def gateway(config: Config = None) -> None:
 
 
 @app.command()
+def enrolment(config: Config = None) -> None:
+    """Give devices their certificates, keep the broker's revocation lists, throw out who was revoked."""
+    from coordinator.enrolment import run as run_enrolment
+
+    run_enrolment(_settings(config, "enrolment"), _stop_on_signals())
+
+
+@app.command()
 def train(config: Config = None) -> None:
     """Train the side network from what is stored, and offer checkpoints."""
     from coordinator.training.trainer import run as run_trainer

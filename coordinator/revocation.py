@@ -1,0 +1,57 @@
+"""Keeps the broker's two revocation lists as the store says: devices' certificates, and claims."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+
+from coordinator.authority import Authority
+from coordinator.files import write_atomically
+
+logger = logging.getLogger(__name__)
+
+# A broker lets nobody in with a list past its date, so it is good for long and renewed early: the fleet goes on for
+# most of a year without this program. What counts is that the list is rewritten within a second of a revocation.
+LIST_DAYS = 365.0
+RENEW_BEFORE = timedelta(days=335)
+
+
+@dataclass
+class RevocationList:
+    """One list: its file, the authority that signs it, and what the file was seen to hold."""
+
+    path: Path
+    authority: Authority
+    _looked: tuple[int, int, int] | None = field(default=None, init=False)  # of the file when it was last read
+    _held: frozenset[int] | None = field(default=None, init=False)  # serials; None: no good list
+    _until: datetime | None = field(default=None, init=False)
+
+    def follow(self, revoked: list[tuple[str, datetime]], now: datetime) -> bool:
+        """Write the file anew if it does not list just `revoked` (serial, when), or ends too soon. True if written."""
+        self._look()
+        wanted = frozenset(int(serial, 16) for serial, _ in revoked)
+        if self._held == wanted and self._until is not None and self._until > now + RENEW_BEFORE:
+            return False
+        write_atomically(self.path, self.authority.revocation_list(revoked, now=now, days=LIST_DAYS))
+        logger.info("%s lists %d certificates", self.path, len(wanted))
+        return True
+
+    def _look(self) -> None:
+        """Read the file if it is another one than last time: `coordinator init` or a restored backup may have written it."""
+        try:
+            stat = self.path.stat()
+            looked = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+            if looked == self._looked:
+                return
+            found = x509.load_pem_x509_crl(self.path.read_bytes())
+            good = found.is_signature_valid(self.authority.certificate.public_key())  # type: ignore[arg-type]
+        except (OSError, ValueError, TypeError):
+            self._looked = self._held = self._until = None
+            return
+        self._looked = looked
+        self._held = frozenset(row.serial_number for row in found) if good else None
+        self._until = found.next_update_utc

@@ -1,0 +1,44 @@
+"""What `coordinator enrolment` looks at again and again: decisions of people and of devices that it has to act on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from sqlalchemy import exists, select
+from sqlalchemy.orm import Session, aliased
+
+from coordinator.store.models import Certificate, Claim, Identity
+
+
+def approved_requests(session: Session, now: datetime) -> Sequence[tuple[str, bytes]]:
+    """(claim, request) of the requests that a person has approved and nobody has signed yet."""
+    query = select(Claim.id, Claim.request).where(
+        Claim.approved_at.is_not(None),
+        Claim.request.is_not(None),
+        Claim.spent_at.is_(None),
+        Claim.withdrawn_at.is_(None),
+        Claim.expires_at > now,
+    )
+    return [(claim, request) for claim, request in session.execute(query.order_by(Claim.approved_at)) if request is not None]
+
+
+def replaced_certificates(session: Session, now: datetime) -> Sequence[tuple[str, str]]:
+    """(serial, device) of certificates that still let their device in though it has been seen with a younger one."""
+    younger = aliased(Certificate)
+    in_use = exists().where(
+        younger.device == Certificate.device,
+        younger.issued_at > Certificate.issued_at,
+        younger.seen_at.is_not(None),
+        younger.revoked_at.is_(None),
+    )
+    query = select(Certificate.serial, Certificate.device).where(Certificate.revoked_at.is_(None), Certificate.expires_at > now, in_use)
+    return [(serial, device) for serial, device in session.execute(query.order_by(Certificate.issued_at))]
+
+
+def revoked_devices(session: Session, since: datetime | None = None) -> dict[str, datetime]:
+    """Devices that are shut out, and when they were; only those shut out after `since`, if given."""
+    query = select(Identity.device, Identity.revoked_at).where(Identity.revoked_at.is_not(None))
+    if since is not None:
+        query = query.where(Identity.revoked_at > since)
+    return {device: at for device, at in session.execute(query) if at is not None}
