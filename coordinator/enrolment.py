@@ -13,9 +13,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from sqlalchemy.orm import Session
@@ -36,19 +39,21 @@ from coordinator.cut_off import CutOffs
 from coordinator.enrolment_limits import Gate, Refusals
 from coordinator.enrolment_rules import Decision, RequestFacts, decide_claim, decide_renewal
 from coordinator.files import held
-from coordinator.gateway import (
-    FIRST_RETRY_SECONDS,
-    HUNG_SECONDS,
-    LONGEST_RETRY_SECONDS,
-    OUT_OF_REACH,
-    utc_now,
+from coordinator.gateway import FIRST_RETRY_SECONDS, HUNG_SECONDS, LONGEST_RETRY_SECONDS, utc_now
+from coordinator.heartbeat import Heartbeat
+from coordinator.identities import (
+    CLAIMS_AUTHORITY,
+    CLAIMS_REVOKED,
+    FLEET_AUTHORITY,
+    FLEET_REVOKED,
+    broker_settings_for,
 )
 from coordinator.intake import Intake
 from coordinator.revocation import RevocationList
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import identities
 from coordinator.store.audit import audit
-from coordinator.store.engine import Store, open_store
+from coordinator.store.engine import OUT_OF_REACH, Store, open_store
 from coordinator.store.enrolment import approved_requests, replaced_certificates, revoked_devices
 from side_tuning.broker_connection import BrokerConnection, Connected, Message
 from side_tuning.repeats import Repeats
@@ -83,7 +88,7 @@ class Authorities:
 def load_authorities(settings: CoordinatorSettings) -> Authorities:
     """Both authorities as `coordinator init` made them; raises `AuthorityError`."""
     folder = settings.authority_directory
-    return Authorities(load_authority(folder, "fleet-authority"), load_authority(folder, "claims-authority"))
+    return Authorities(load_authority(folder, FLEET_AUTHORITY), load_authority(folder, CLAIMS_AUTHORITY))
 
 
 @dataclass(frozen=True)
@@ -114,15 +119,17 @@ class Enrolment:
         self._gate = Gate()
         self._refusals = Refusals()
         self._told = Repeats()
+        broker = broker_settings_for(settings, CLIENT_ID)
         self.connection = BrokerConnection(
-            settings.broker, CLIENT_ID, subscriptions=[REQUESTS], on_message=self._received, on_connected=self._connected
+            broker, CLIENT_ID, subscriptions=[REQUESTS], on_message=self._received, on_connected=self._connected
         )
         folder = settings.broker_directory
-        self._fleet_list = RevocationList(folder / "fleet-revoked.pem", authorities.fleet)
-        self._claims_list = RevocationList(folder / "claims-revoked.pem", authorities.claims)
-        self.cut_offs = CutOffs(settings.broker, authorities.fleet)
-        self._chores_at = time.monotonic()
+        self._fleet_list = RevocationList(folder / FLEET_REVOKED, authorities.fleet)
+        self._claims_list = RevocationList(folder / CLAIMS_REVOKED, authorities.claims)
+        self.cut_offs = CutOffs(broker, authorities.fleet)
+        self._chores_at = self._ticked_at = time.monotonic()
         self._out_of_reach = 0
+        self._answered: Counter[str] = Counter()
 
     def run(self, stop: threading.Event) -> None:
         """Serve until `stop`.
@@ -130,18 +137,49 @@ class Enrolment:
         Raises:
             EnrolmentError: the network thread died or hangs.
         """
+        heartbeat = Heartbeat(
+            CLIENT_ID,
+            store=self._store,
+            alive_file=self._settings.alive_file(CLIENT_ID),
+            figures=self._figures,
+            looping=self._looping,
+            now=self._now,
+        )
         self.connection.start()
         try:
-            while not stop.is_set():
-                for arrived in self._intake.take(BATCH, wait_seconds=IDLE_SECONDS, gather_seconds=0.0):
-                    if not arrived.dropped and not self._while_in_reach(lambda message=arrived.message: self._serve(message), stop):  # type: ignore[misc]
-                        break
-                if time.monotonic() >= self._chores_at and self._while_in_reach(self._run_chores, stop):
-                    self._chores_at = time.monotonic() + CHORES_SECONDS
-                self._check_network()
+            with heartbeat:
+                while not stop.is_set():
+                    self._ticked_at = time.monotonic()
+                    self._go_round(stop)
+                    self._check_network()
         finally:
             self._intake.close()
             self.connection.stop()
+
+    def _go_round(self, stop: threading.Event) -> None:
+        for arrived in self._intake.take(BATCH, wait_seconds=IDLE_SECONDS, gather_seconds=0.0):
+            if not arrived.dropped and not self._while_in_reach(partial(self._serve, arrived.message), stop):
+                break  # the rest of them ask again
+        if time.monotonic() >= self._chores_at and self._while_in_reach(self._run_chores, stop):
+            self._chores_at = time.monotonic() + CHORES_SECONDS
+
+    def _figures(self) -> dict[str, Any]:
+        return {
+            "connected": self.connection.connected,
+            "broker": self.connection.address,
+            "broker_error": self.connection.last_error,
+            "broker_certificate_expires_at": self.connection.peer_certificate_expires_at,
+            "queue_messages": len(self._intake),
+            "dropped_messages": self._intake.dropped,
+            "turned_away": self._gate.turned_away,  # requests of askers that ask more than once a second
+            "answers_issued": self._answered["issued"],
+            "answers_waiting": self._answered["waiting"],
+            "answers_refused": self._answered["refused"],
+            "cut_offs_pending": self.cut_offs.pending,
+        }
+
+    def _looping(self) -> bool:
+        return self.connection.tick_age_seconds < HUNG_SECONDS and time.monotonic() - self._ticked_at < HUNG_SECONDS
 
     # The network thread.
 
@@ -272,6 +310,7 @@ class Enrolment:
             certificate=certificate,
             authorities=certificate_pem(self._authorities.fleet.certificate) if certificate else b"",
         )
+        self._answered[status] += 1
         self.connection.publish(topics.certificate_answer(asked.owner), answer.to_bytes())
 
     # What people decided, and what time brings.

@@ -47,7 +47,7 @@ CERTIFICATE_DAYS = 365.0
 REVOCATION_LIST_DAYS = 365.0
 AUTHORITY_WARNING = timedelta(days=365)
 
-_PUBLIC_FILE = 0o644
+PUBLIC_FILE = 0o644
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _make_identities(settings: CoordinatorSettings, now: datetime) -> list[str]:
         _keep_file(folder / f"{name}.pem", certificate_pem(authority.certificate))
     for file, authority in ((FLEET_REVOKED, fleet), (CLAIMS_REVOKED, claims)):
         if not _is_list_of(authority, folder / file):
-            write_atomically(folder / file, authority.revocation_list([], now=now, days=REVOCATION_LIST_DAYS), _PUBLIC_FILE)
+            write_atomically(folder / file, authority.revocation_list([], now=now, days=REVOCATION_LIST_DAYS), PUBLIC_FILE)
             done.append(f"made an empty revocation list: {folder / file}")
 
     for program in PROGRAMS:
@@ -150,7 +150,7 @@ def _keep_certificate(wanted: _Wanted, certificate_file: Path, key_file: Path, n
     certificate = wanted.authority.issue(
         key, wanted.common_name, now=now, days=CERTIFICATE_DAYS, usage=wanted.usage, names=wanted.names
     )
-    write_atomically(certificate_file, certificate_pem(certificate), _PUBLIC_FILE)
+    write_atomically(certificate_file, certificate_pem(certificate), PUBLIC_FILE)
     known_as = f" for {', '.join(wanted.names)}" if names else ""
     ends = certificate.not_valid_after_utc
     done.append(f"issued the certificate of {wanted.common_name!r}{known_as}, until {ends:%Y-%m-%d} ({reason}): {certificate_file}")
@@ -195,4 +195,4 @@ def _is_list_of(authority: Authority, file: Path) -> bool:
 
 def _keep_file(path: Path, content: bytes) -> None:
     if not path.exists() or path.read_bytes() != content:
-        write_atomically(path, content, _PUBLIC_FILE)
+        write_atomically(path, content, PUBLIC_FILE)

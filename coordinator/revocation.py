@@ -11,13 +11,13 @@ from cryptography import x509
 
 from coordinator.authority import Authority
 from coordinator.files import write_atomically
+from coordinator.identities import PUBLIC_FILE, REVOCATION_LIST_DAYS
 
 logger = logging.getLogger(__name__)
 
 # A broker lets nobody in with a list past its date, so it is good for long and renewed early: the fleet goes on for
 # most of a year without this program. What counts is that the list is rewritten within a second of a revocation.
-LIST_DAYS = 365.0
-RENEW_BEFORE = timedelta(days=335)
+RENEW_BEFORE = timedelta(days=REVOCATION_LIST_DAYS - 30)
 
 
 @dataclass
@@ -36,7 +36,7 @@ class RevocationList:
         wanted = frozenset(int(serial, 16) for serial, _ in revoked)
         if self._held == wanted and self._until is not None and self._until > now + RENEW_BEFORE:
             return False
-        write_atomically(self.path, self.authority.revocation_list(revoked, now=now, days=LIST_DAYS))
+        write_atomically(self.path, self.authority.revocation_list(revoked, now=now, days=REVOCATION_LIST_DAYS), PUBLIC_FILE)
         logger.info("%s lists %d certificates", self.path, len(wanted))
         return True
 
