@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from coordinator.settings import CoordinatorSettings
-    from coordinator.store.engine import Store
+from coordinator.command_line import Config, open_settings, opened_store
+from coordinator.identity_commands import register_identity_commands
 
 EXIT_CRASH = 1
 EXIT_CONFIG = 78  # as coordinator.settings says; not imported, to start fast
@@ -38,12 +34,7 @@ app.add_typer(backbone_app, name="backbone")
 app.add_typer(plan_app, name="plan")
 app.add_typer(rejections_app, name="rejections")
 app.add_typer(checkpoints_app, name="checkpoints")
-
-Config = Annotated[
-    Path | None,
-    typer.Option("--config", "-c", envvar="COORDINATOR_CONFIG", help="TOML file; COORDINATOR_... variables go before it."),
-]
-
+register_identity_commands(app)
 
 # Programs.
 
@@ -58,7 +49,7 @@ def run(
     from coordinator.store.schema import upgrade
     from coordinator.supervisor import Program, supervise
 
-    settings = _settings(config, "run")
+    settings = open_settings(config, "run")
     if broker not in ("embedded", "mosquitto", "external"):
         raise typer.BadParameter(f"{broker!r} is not one of embedded, mosquitto, external", param_hint="--broker")
     upgrade(settings.database_url)
@@ -75,7 +66,7 @@ def gateway(config: Config = None) -> None:
     """Receive frames and health, store them, send receipts, plans and checkpoints."""
     from coordinator.gateway import run as run_gateway
 
-    run_gateway(_settings(config, "gateway"), _stop_on_signals())
+    run_gateway(open_settings(config, "gateway"), _stop_on_signals())
 
 
 @app.command()
@@ -91,7 +82,7 @@ def train(config: Config = None) -> None:
     """Train the side network from what is stored, and offer checkpoints."""
     from coordinator.training.trainer import run as run_trainer
 
-    run_trainer(_settings(config, "train"), _stop_on_signals())
+    run_trainer(open_settings(config, "train"), _stop_on_signals())
 
 
 @app.command()
@@ -116,7 +107,7 @@ def check_config(config: Config = None) -> None:
     """Print the effective settings; passwords are masked."""
     from coordinator.settings import describe_settings
 
-    print(describe_settings(_settings(config, "check-config")))
+    print(describe_settings(open_settings(config, "check-config")))
 
 
 @app.command()
@@ -142,7 +133,7 @@ def database_upgrade(config: Config = None) -> None:
     """Make the tables, or bring an older schema up to date."""
     from coordinator.store.schema import upgrade
 
-    settings = _settings(config, "database")
+    settings = open_settings(config, "database")
     upgrade(settings.database_url)
     print("the schema is up to date")
 
@@ -150,7 +141,7 @@ def database_upgrade(config: Config = None) -> None:
 @database_app.command("check")
 def database_check(config: Config = None) -> None:
     """Say whether the database can be used by this program."""
-    with _store(config):
+    with opened_store(config):
         print("the database is fine")
 
 
@@ -184,7 +175,7 @@ def backbone_register(folders: list[Path], config: Config = None) -> None:
     from side_tuning.backbone_manifest import BackboneError, read_manifest
 
     manifests = [read_manifest(folder) for folder in folders]
-    with _store(config) as (settings, store):
+    with opened_store(config) as (settings, store):
         with store.write() as session:
             for manifest in manifests:
                 register_backbone(session, manifest)
@@ -201,7 +192,7 @@ def backbone_list(config: Config = None) -> None:
     """The registered backbones."""
     from coordinator.store.registry import backbones
 
-    with _store(config, read_only=True) as (_, store), store.read() as session:
+    with opened_store(config, read_only=True) as (_, store), store.read() as session:
         for fingerprint, row in backbones(session).items():
             print(f"{fingerprint}  {_describe_backbone(row.manifest)}")
 
@@ -215,7 +206,7 @@ def plan_show(config: Config = None) -> None:
     from coordinator.planning import describe
     from coordinator.store.registry import plans
 
-    with _store(config, read_only=True) as (_, store), store.read() as session:
+    with opened_store(config, read_only=True) as (_, store), store.read() as session:
         newest = {row.device: row for row in sorted(plans(session), key=lambda row: row.version)}
     if not newest:
         print("no tap plan yet; register a backbone and start the gateway, or use `coordinator plan set`")
@@ -253,21 +244,12 @@ def plan_set(  # noqa: PLR0917 - one per option
         "frame_bytes": frame_bytes,
         "linger_seconds": linger_seconds,
     }
-    with _store(config) as (settings, store):
+    with opened_store(config) as (settings, store):
         plan = change_plan(settings, store, device, {name: value for name, value in given.items() if value is not None})
     print(f"{device or 'fleet'}: version {plan.version}: {describe(plan)}")
 
 
 # The fleet.
-
-
-@app.command()
-def devices(config: Config = None, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
-    """Every device: its state and since when, its rate, and whether its samples add up."""
-    from coordinator.device_table import device_lines, device_records
-
-    with _store(config, read_only=True) as (_, store):
-        print(json.dumps(device_records(store), indent=2) if as_json else "\n".join(device_lines(store)))
 
 
 @rejections_app.command("list")
@@ -279,7 +261,7 @@ def rejections_list(
     """The newest rejected messages and their reasons."""
     from coordinator.store.rejections import rejections
 
-    with _store(config, read_only=True) as (_, store), store.read() as session:
+    with opened_store(config, read_only=True) as (_, store), store.read() as session:
         rows = rejections(session, device, limit)
     for row in rows:
         name = f"{row.spool}/{row.sequence}" if row.spool else "unnamed"
@@ -294,7 +276,7 @@ def rejections_retry(config: Config = None, device: Annotated[str | None, typer.
     """Check rejected frames again, for instance after registering their backbone, and store those that pass."""
     from coordinator.retry import retry_rejections
 
-    with _store(config) as (settings, store):
+    with opened_store(config) as (settings, store):
         result = retry_rejections(store, device, max_body_bytes=settings.gateway.max_body_bytes)
     print(f"{result.stored} frames stored with {result.samples} samples, {result.still_rejected} are still rejected")
     for reason, count in result.reasons.items():
@@ -309,7 +291,7 @@ def checkpoints_list(config: Config = None) -> None:
     """Checkpoints, newest first."""
     from coordinator.store.training import checkpoints
 
-    with _store(config, read_only=True) as (_, store), store.read() as session:
+    with opened_store(config, read_only=True) as (_, store), store.read() as session:
         rows = checkpoints(session)
     for row in rows:
         published = f"published {row.published_at:%Y-%m-%d %H:%M:%S}" if row.published_at else "not published"
@@ -324,32 +306,12 @@ def checkpoints_republish(generation: int, config: Config = None) -> None:
     from coordinator.gateway import utc_now
     from coordinator.store.training import republish_checkpoint
 
-    with _store(config) as (_, store), store.write() as session:
+    with opened_store(config) as (_, store), store.write() as session:
         new = republish_checkpoint(session, generation, utc_now())
     print(f"checkpoint {generation} goes out again as {new}")
 
 
 # Shared pieces.
-
-
-def _settings(config: Path | None, program: str) -> CoordinatorSettings:
-    from coordinator.settings import configure_logging, load_settings
-
-    settings = load_settings(config)
-    configure_logging(settings, program)
-    return settings
-
-
-@contextmanager
-def _store(config: Path | None, *, read_only: bool = False) -> Iterator[tuple[CoordinatorSettings, Store]]:
-    from coordinator.store.engine import open_store
-
-    settings = _settings(config, "coordinator")
-    store = open_store(settings.database_url, read_only=read_only)
-    try:
-        yield settings, store
-    finally:
-        store.close()
 
 
 def _stop_on_signals() -> threading.Event:

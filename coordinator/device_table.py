@@ -12,11 +12,13 @@ from coordinator.store.fleet import DeviceOverview, device_overview
 CLOCK_OFF_SECONDS = 300.0  # more than a slow link explains; certificates and schedules begin to suffer
 
 
-def device_lines(store: Store) -> list[str]:
-    """A line per device: state and since when, backbone, rate, what is stored, and whether its samples add up."""
+def device_lines(store: Store, only: str | None = None) -> list[str]:
+    """A line per device (or for `only` this one): state and since when, backbone, rate, what is stored, and whether its
+    samples add up.
+    """
     now = datetime.now(timezone.utc)
     with store.read() as session:
-        devices = device_overview(session, now)
+        devices = device_overview(session, now, device=only)
     if not devices:
         return ["no device has been heard of yet"]
     width = max(len(one.device) for one in devices)

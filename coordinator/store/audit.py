@@ -37,11 +37,11 @@ def audit(
     session.add(
         AuditEntry(
             at=at,
-            actor=_printable(actor, _NAME_CHARACTERS),
-            action=_printable(action, _NAME_CHARACTERS),
-            device=None if device is None else _printable(device, _NAME_CHARACTERS),
+            actor=printable(actor, _NAME_CHARACTERS),
+            action=printable(action, _NAME_CHARACTERS),
+            device=None if device is None else printable(device, _NAME_CHARACTERS),
             outcome=outcome,
-            detail=_printable(detail, _DETAIL_CHARACTERS),
+            detail=printable(detail, _DETAIL_CHARACTERS),
         )
     )
 
@@ -56,6 +56,7 @@ def audit_entries(session: Session, device: str | None = None, limit: int = 100)
     ]
 
 
-def _printable(text: str, characters: int) -> str:
+def printable(text: str, characters: int = _DETAIL_CHARACTERS) -> str:
+    """What anybody may have written, cut short and safe to store and show."""
     # A NUL stops PostgreSQL, an escape sequence repaints the terminal of whoever reads the list.
     return "".join(character if character.isprintable() else "?" for character in text[:characters])

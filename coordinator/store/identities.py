@@ -13,7 +13,7 @@ from typing import Literal
 from sqlalchemy import exists, select
 from sqlalchemy.orm import Session
 
-from coordinator.store.audit import audit
+from coordinator.store.audit import audit, printable
 from coordinator.store.models import Certificate, Claim, Identity
 
 ClaimState = Literal["open", "waiting", "approved", "spent", "withdrawn", "expired"]
@@ -104,6 +104,7 @@ def revoke_device(session: Session, device: str, *, at: datetime, actor: str, re
     row = _known(session, device)
     if row.revoked_at is not None:
         return False
+    reason = printable(reason)
     row.revoked_at, row.revoked_reason = at, reason
     for certificate in session.scalars(select(Certificate).where(Certificate.device == device, Certificate.revoked_at.is_(None))):
         certificate.revoked_at, certificate.revoked_reason = at, reason
@@ -337,6 +338,7 @@ def revoke_certificate(session: Session, serial: str, *, at: datetime, actor: st
         raise IdentityError(f"no certificate with the serial {serial[:80]!r}; `coordinator devices show DEVICE` lists them")
     if row.revoked_at is not None:
         return False
+    reason = printable(reason)
     row.revoked_at, row.revoked_reason = at, reason
     words = f"serial {row.serial}" + (f": {reason}" if reason else "")
     audit(session, at=at, actor=actor, action="certificate revoked", device=row.device, detail=words)
