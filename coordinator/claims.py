@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from coordinator.authority import (
@@ -23,6 +22,7 @@ from coordinator.settings import ConfigError, CoordinatorSettings
 from coordinator.store.audit import audit
 from coordinator.store.commands import add_command
 from coordinator.store.engine import Store
+from coordinator.store.fleet import heard_devices
 from coordinator.store.identities import (
     ClaimRow,
     IdentityError,
@@ -34,7 +34,6 @@ from coordinator.store.identities import (
     readmit_device,
     withdraw_claim,
 )
-from coordinator.store.models import Device
 from side_tuning.bundle import Bundle
 from side_tuning.wire.topics import CLAIM_PREFIX
 
@@ -149,7 +148,7 @@ def access_lines(session: Session, now: datetime) -> list[str]:
     newest: dict[str, ClaimRow] = {}
     for claim in claims_of(session):
         newest.setdefault(claim.device, claim)
-    heard = set(session.scalars(select(Device.name)))
+    heard = heard_devices(session)
     lines = []
     for row in identities(session):
         claim_state = newest[row.device].state(now) if row.device in newest else "expired"

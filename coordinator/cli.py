@@ -74,7 +74,7 @@ def enrolment(config: Config = None) -> None:
     """Give devices their certificates, keep the broker's revocation lists, throw out who was revoked."""
     from coordinator.enrolment import run as run_enrolment
 
-    run_enrolment(_settings(config, "enrolment"), _stop_on_signals())
+    run_enrolment(open_settings(config, "enrolment"), _stop_on_signals())
 
 
 @app.command()

@@ -108,6 +108,11 @@ def device_overview(
     return [_overview(row, spools[row.id], accuracy.get(row.name), now, heartbeat_seconds, known) for row in devices]
 
 
+def heard_devices(session: Session) -> set[str]:
+    """The names of all devices that ever sent something."""
+    return set(session.scalars(select(Device.name)))
+
+
 def fleet_totals(session: Session, devices: Sequence[DeviceOverview] | None = None) -> FleetTotals:
     """The sums over `devices`, which are read if not given."""
     if devices is None:
