@@ -110,6 +110,47 @@ def systemd_unit(config: Annotated[Path, typer.Option("--config", "-c", help="Th
 
 
 @app.command()
+def flash(  # noqa: PLR0917 - typer calls it by name
+    image: Annotated[Path | None, typer.Option(help="The image: .img, .img.xz, .img.gz or .img.zst. A .bmap beside it is used.")] = None,
+    target: Annotated[Path | None, typer.Option(help="The card's disk (see --list), or a file.")] = None,
+    bundle: Annotated[Path | None, typer.Option(help="From `coordinator enrol DEVICE`.")] = None,
+    list_them: Annotated[bool, typer.Option("--list", help="Show the disks, and which of them may be written.")] = False,
+    sha256: Annotated[str | None, typer.Option(help="Of the unpacked image.")] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Of the unpacked image, in bytes.")] = None,
+    hostname: Annotated[str | None, typer.Option(help="By default the device's name.")] = None,
+    user: Annotated[str | None, typer.Option(help="A user to make on the device.")] = None,
+    password_hash_file: Annotated[Path | None, typer.Option(help="The user's password as `openssl passwd -6` or `mkpasswd` prints it.")] = None,
+    ssh_key: Annotated[list[Path] | None, typer.Option(help="A .pub file; may be given again.")] = None,
+    wifi: Annotated[str | None, typer.Option(help="The network's name; its passphrase is asked for.")] = None,
+    wifi_secret_file: Annotated[Path | None, typer.Option(help="Read the passphrase from this file instead.")] = None,
+    country: Annotated[str | None, typer.Option(help="Whose rules the radio follows, such as GB.")] = None,
+    timezone: Annotated[str | None, typer.Option(help="Such as Europe/London.")] = None,
+    largest_gb: Annotated[float, typer.Option(min=1, help="Refuse larger disks: a card is rarely that large, somebody's data is.")] = 256,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before overwriting a disk.")] = False,
+) -> None:
+    """Write an image to a card, put the device's identity on it, and read everything back."""
+    from rich.console import Console
+
+    from edge_agent.flash import command
+    from edge_agent.flash.errors import FlashError
+
+    try:
+        if list_them:
+            command.print_disks(Console(), int(largest_gb * 10**9))
+            return
+        if image is None or target is None or bundle is None:
+            raise typer.BadParameter("give --image, --target and --bundle (or --list)")
+        options = command.FlashOptions(
+            image, target, bundle, sha256, size, hostname, user, password_hash_file, tuple(ssh_key or ()), wifi, wifi_secret_file,
+            country, timezone, int(largest_gb * 10**9), yes,
+        )
+        command.flash(options, Console())
+    except FlashError as error:
+        typer.echo(f"edge-agent: {error}", err=True)
+        raise typer.Exit(exit_codes.CRASH) from error
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     from importlib import metadata

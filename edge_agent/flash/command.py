@@ -1,0 +1,160 @@
+"""`edge-agent flash`: what is asked, what is checked, what is shown."""
+
+from __future__ import annotations
+
+import getpass
+import secrets
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from typing_extensions import Self
+
+from edge_agent.flash.block_map import block_map_beside, read_block_map
+from edge_agent.flash.card import Written, write_card
+from edge_agent.flash.disks import Disk, check_target, list_disks, refusals
+from edge_agent.flash.errors import FlashError
+from edge_agent.flash.first_boot import CardPlan, Wifi, put_files
+from side_tuning.bundle import BundleError, read_bundle
+
+
+@dataclass(frozen=True)
+class FlashOptions:
+    """The command line, read."""
+
+    image: Path
+    target: Path
+    bundle: Path
+    sha256: str | None = None
+    size: int | None = None
+    hostname: str | None = None
+    user: str | None = None
+    password_hash_file: Path | None = None
+    ssh_key_files: tuple[Path, ...] = ()
+    wifi: str | None = None
+    wifi_secret_file: Path | None = None
+    country: str | None = None
+    timezone: str | None = None
+    largest_bytes: int = 256 * 10**9
+    yes: bool = False
+
+
+def flash(options: FlashOptions, console: Console, ask: Callable[[str], str] = getpass.getpass) -> Written:
+    """Make one card.
+
+    Raises:
+        FlashError: it was not made; the text says why.
+
+    """
+    try:
+        bundle = read_bundle(options.bundle)
+    except BundleError as error:
+        raise FlashError(str(error)) from error
+    if bundle.expires_at < time.time():
+        when = datetime.fromtimestamp(bundle.expires_at, timezone.utc)
+        raise FlashError(f"bundle {options.bundle} expired at {when:%Y-%m-%d %H:%M} UTC; make a new one with `coordinator enrol {bundle.device}`")
+    flashed_at = datetime.now(timezone.utc)
+    plan = CardPlan(
+        bundle=bundle,
+        hostname=options.hostname or bundle.device.replace("_", "-").replace(".", "-"),
+        instance_id=f"mobillm-{secrets.token_hex(8)}",
+        flashed_at=flashed_at,
+        user=options.user,
+        password_hash=_line_of(options.password_hash_file, "password hash") if options.password_hash_file else None,
+        ssh_keys=tuple(_line_of(path, "SSH key") for path in options.ssh_key_files),
+        wifi=_wifi(options, ask),
+        country=options.country,
+        timezone=options.timezone,
+        image_name=options.image.name,
+    )
+    plan.check()
+    map_path = block_map_beside(options.image)
+    block_map = read_block_map(map_path) if map_path else None
+    needed = block_map.image_size if block_map else options.size or 0
+    disk = check_target(options.target, needed, largest_bytes=options.largest_bytes)
+    if disk is not None and not options.yes:
+        _confirm(disk, console)
+    with _Bars(console) as bars:
+        written = write_card(
+            options.image,
+            options.target,
+            customise=lambda boot: put_files(boot, plan),
+            block_map=block_map,
+            expected_sha256=options.sha256,
+            expected_size=options.size,
+            progress=bars.show,
+        )
+    console.print(f"[bold]{bundle.device}[/] is on {options.target}: {written.image_size:,} bytes written and read back, {len(written.files)} files of its own.")
+    if not written.read_past_cache:
+        console.print("The target's file system has no uncached reading, so the reading back proves less than on a card.")
+    console.print(f"sha256 of the image: {written.image_sha256}")
+    return written
+
+
+def print_disks(console: Console, largest_bytes: int) -> None:
+    """Which disks there are and which may be written, with the reason where not."""
+    disks = list_disks()
+    for disk in disks:
+        reasons = refusals(disk, 0, largest_bytes)
+        console.print(disk.describe() + (f"  [red]refused[/]: {'; '.join(reasons)}" if reasons else "  [green]can be written[/]"), soft_wrap=True)
+    if not disks:
+        console.print("no disks were found; plug in the card")
+
+
+def _confirm(disk: Disk, console: Console) -> None:
+    """A USB drive with somebody's data looks just like a card, so the path is typed once more."""
+    console.print(f"Everything on [bold]{disk.describe()}[/] will be lost.")
+    if not sys.stdin.isatty():
+        raise FlashError(f"nobody is there to confirm that {disk.path} may be overwritten; add --yes if you are sure")
+    if console.input(f"Type {disk.path} to go on: ").strip() != disk.path:
+        raise FlashError("not confirmed; nothing was written")
+
+
+def _wifi(options: FlashOptions, ask: Callable[[str], str]) -> Wifi | None:
+    if options.wifi is None:
+        if options.wifi_secret_file:
+            raise FlashError("--wifi-secret-file needs --wifi with the network's name")
+        return None
+    secret = _line_of(options.wifi_secret_file, "Wi-Fi passphrase") if options.wifi_secret_file else ask(f"Passphrase of {options.wifi} (empty: open network): ")
+    return Wifi.with_passphrase(options.wifi, secret)
+
+
+def _line_of(path: Path, what: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FlashError(f"the file with the {what}, {path}, cannot be read: {error}") from error
+
+
+class _Bars:
+    """A bar for writing and one for reading back, with rate and time left."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=console, transient=True)
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, stage: str, done: int, total: int | None) -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task({"write": "writing", "verify": "reading back"}[stage])
+        self._progress.update(self._tasks[stage], completed=done, total=total)

@@ -1,0 +1,47 @@
+#!/bin/sh
+# The device's own part of a first boot. Needs no cloud-init: whatever sets the system up runs this, our image's service too,
+# and it may run again at any time. It moves the enrolment bundle off the readable partition, wipes what is secret there, and
+# starts the agent. What it did stands in applied.txt beside it.
+set -u
+here=$(cd "$(dirname "$0")" && pwd)
+boot=$(dirname "$here")
+state=${MOBILLM_STATE_DIRECTORY:-/var/lib/mobillm-fleet}
+configuration=${MOBILLM_CONFIGURATION_DIRECTORY:-/etc/mobillm-fleet}
+
+wipe() {
+  [ -f "$1" ] || return 0
+  dd if=/dev/zero of="$1" bs=1 count="$(wc -c < "$1")" conv=notrunc 2>/dev/null
+  sync
+  rm -f "$1"
+}
+
+note() { echo "$(date -u +%Y-%m-%dT%H:%M:%SZ) $*" >> "$here/applied.txt"; sync; }
+
+mkdir -p "$state" "$configuration" && chmod 700 "$state"
+if [ -f "$here/device.bundle" ]; then
+  # Whole and on the disk before the only other copy goes.
+  (umask 077 && cp "$here/device.bundle" "$state/device.bundle.new") && sync &&
+    cmp -s "$here/device.bundle" "$state/device.bundle.new" && mv "$state/device.bundle.new" "$state/device.bundle" && sync || {
+    note "the bundle could not be copied to $state"
+    exit 1
+  }
+  id mobillm >/dev/null 2>&1 && chown -R mobillm "$state"
+  wipe "$here/device.bundle"
+  note "bundle moved to $state"
+fi
+
+# cloud-init and rpi-preseed have read theirs by now, and keep what they need elsewhere.
+for file in user-data network-config rpi-preseed.toml; do
+  [ -f "$boot/$file" ] || continue
+  case $file in
+    user-data) wipe "$boot/$file" && printf '#cloud-config\n' > "$boot/$file" ;;
+    *) wipe "$boot/$file" ;;
+  esac
+  note "wiped $file"
+done
+
+if command -v systemctl >/dev/null && systemctl cat mobillm-edge-agent.service >/dev/null 2>&1; then
+  systemctl enable --now mobillm-edge-agent.service >/dev/null 2>&1 && note "agent started" || note "agent could not be started"
+else
+  note "no agent on this image yet: install it (docs), the bundle waits in $state"
+fi
