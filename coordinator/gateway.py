@@ -31,7 +31,9 @@ from coordinator.outbox import Outbox, ensure_signing_key
 from coordinator.receipts import ReceiptDesk
 from coordinator.settings import CoordinatorSettings, GatewaySettings
 from coordinator.store.engine import OUT_OF_REACH, Store, open_store
+from coordinator.store.enrolment import revoked_devices
 from coordinator.store.health import record_health
+from coordinator.store.identities import mark_certificate_seen
 from coordinator.store.ingest import FrameOutcome, ReceivedFrame, insert_frames
 from coordinator.store.registry import backbones, plans
 from coordinator.store.rejections import insert_rejection
@@ -52,6 +54,7 @@ HEALTH = topics.all_devices_up("health")
 IDLE_SECONDS = 0.25
 FIRST_RETRY_SECONDS = 0.2
 LONGEST_RETRY_SECONDS = 15.0
+REGISTRY_SECONDS = 1.0
 HUNG_SECONDS = 90.0  # the network thread goes round twice a second
 
 
@@ -95,7 +98,7 @@ class Writer:
         self._intake = intake
         self._receipts = receipts
         self._stop = stop
-        self._registry = Registry()
+        self._registry, self._registry_at = Registry(), float("-inf")
         self.counters = Counters()
         self.commits = Commits()
         self.ticked_at = time.monotonic()
@@ -144,8 +147,9 @@ class Writer:
         decoded = [self._decode(arrived) for arrived in batch if not arrived.dropped]
         work = [item for item in decoded if item is not None]
         whole = [item.frame for item in work if isinstance(item, ReceivedFrame) and isinstance(item.frame, Frame)]
-        if any(not self._registry.knows(frame) for frame in whole):
-            self._registry = load_registry(self._store)  # a plan or backbone may be new
+        old = time.monotonic() - self._registry_at > REGISTRY_SECONDS  # a device may have been revoked
+        if whole and (old or any(not self._registry.knows(frame) for frame in whole)):  # a plan or backbone may be new
+            self._registry, self._registry_at = load_registry(self._store), time.monotonic()
         return [self._judge(item) if isinstance(item, ReceivedFrame) else item for item in work]
 
     def _decode(self, arrived: Arrived) -> ReceivedFrame | _Report | None:
@@ -215,6 +219,8 @@ class Writer:
                 continue
             if item.health is not None:
                 record_health(session, item.device, item.health, item.received_at, retained=item.retained)
+                if item.health.certificate_serial:
+                    mark_certificate_seen(session, item.device, item.health.certificate_serial, at=item.received_at)
             else:
                 _reject(session, item, item.reason)
         return outcomes
@@ -274,7 +280,7 @@ class Writer:
 def load_registry(store: Store) -> Registry:
     with store.read() as session:
         manifests = {fingerprint: row.manifest for fingerprint, row in backbones(session).items()}
-        return Registry(manifests, {row.version: row.plan for row in plans(session)})
+        return Registry(manifests, {row.version: row.plan for row in plans(session)}, frozenset(revoked_devices(session)))
 
 
 def _reject(session: Session, item: ReceivedFrame | _Report, reason: str) -> None:

@@ -7,7 +7,7 @@ names are known and every shape in it follows from them.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from side_tuning.backbone_manifest import BackboneManifest
@@ -23,10 +23,11 @@ _MAX_SEQUENCE = 2**53
 
 @dataclass(frozen=True)
 class Registry:
-    """What frames are checked against: every registered backbone and every tap plan ever given out."""
+    """What frames are checked against: every registered backbone, every tap plan ever given out, and who is shut out."""
 
     backbones: Mapping[str, BackboneManifest] = field(default_factory=dict)
     plans: Mapping[int, TapPlan] = field(default_factory=dict)
+    revoked: Collection[str] = ()  # devices
 
     def knows(self, frame: Frame) -> bool:
         return frame.backbone in self.backbones and frame.plan_version in self.plans
@@ -75,7 +76,13 @@ def decode_payload(device: str, payload: bytes, properties: Mapping[str, str], *
 
 
 def refusal(frame: Frame, registry: Registry) -> str | None:
-    """Why `frame` does not fit its plan and backbone; None if it does."""
+    """Why `frame` is not wanted, or does not fit its plan and backbone; None if all is well.
+
+    A revoked device's frames may still be on their way when it is thrown out. They are kept like every rejected one, so
+    a revocation by mistake loses nothing: readmit the device and try them again.
+    """
+    if frame.device in registry.revoked:
+        return f"device {frame.device!r} was revoked; if that was a mistake, let it in again, then `coordinator rejections retry`"
     manifest = registry.backbones.get(frame.backbone)
     if manifest is None:
         return f"backbone {frame.backbone} is not registered; run `coordinator backbone register FOLDER`"

@@ -9,6 +9,13 @@ from sqlalchemy import text
 from coordinator.device_table import device_lines
 from coordinator.gateway import Gateway
 from coordinator.retry import retry_rejections
+from coordinator.store.identities import (
+    add_certificate,
+    add_claim,
+    certificates_of,
+    readmit_device,
+    revoke_device,
+)
 from coordinator.store.registry import register_backbone
 from coordinator.store.rejections import rejections
 from side_tuning.broker_connection import BrokerConnection
@@ -21,6 +28,7 @@ from tests.coordinator.fleet import (
     ScriptedDevice,
     make_payload,
     make_store,
+    now,
     settings_for,
     stored_frames,
 )
@@ -304,3 +312,49 @@ def test_a_dead_writer_ends_the_gateway_with_its_reason(start, monkeypatch):
     wait_until(lambda: running.error, 10, "the gateway ends")
     error, running.error = running.error, None
     assert "the disk sings" in str(error)
+
+
+def test_a_certificate_counts_as_seen_once_its_device_reports_with_it(start, device):
+    running, store = start()
+    with store.write() as session:
+        for name in ("kitchen", "attic"):
+            add_claim(session, f"claim-{name}", name, serial="1", at=now(), expires_at=now(), actor="operator")
+        for serial in ("2a", "2b"):
+            add_certificate(
+                session, serial=serial, device="kitchen", key_digest=serial, pem=b"", issued_at=now(), expires_at=now(), claim=None
+            )
+    connection = BrokerConnection(running.gateway.connection.settings, "kitchen")
+    connection.start()
+    wait_until(lambda: connection.connected, 30)
+    for name, serial in (("attic", "2a"), ("kitchen", "no such"), ("kitchen", "2B")):
+        connection.publish(topics.health(name), Health("online", "s1", 1.0, certificate_serial=serial).to_bytes(), retain=True)
+
+    def seen():
+        with store.read() as session:
+            return {row.serial for row in certificates_of(session, "kitchen") if row.seen_at is not None}
+
+    wait_until(seen, 30, "the certificate is seen")
+    assert seen() == {"2b"}, "another device's word does not count"
+    connection.stop()
+
+
+def test_frames_of_a_revoked_device_are_kept_apart_until_it_is_let_in_again(start, device):
+    running, store = start()
+    with store.write() as session:
+        add_claim(session, "claim-1", "kitchen", serial="1", at=now(), expires_at=now(), actor="operator")
+    early = device("kitchen", {1: make_payload("kitchen", 1)})
+    wait_until(lambda: stored_frames(store) == [("5b001", 1)], 30, "the first frame is stored")
+    early.stop()
+    with store.write() as session:
+        revoke_device(session, "kitchen", at=now(), actor="operator")
+    threading.Event().wait(1.1)  # what the gateway knows is at most a second old
+    late = device("kitchen", {2: make_payload("kitchen", 2)})
+    wait_until(lambda: late.done, 30, "it is receipted as rejected")
+    assert late.receipts[-1].rejected[0][0] == 2
+    assert "revoked" in late.receipts[-1].rejected[0][1]
+    max_bytes = running.gateway._settings.gateway.max_body_bytes
+    assert retry_rejections(store, max_body_bytes=max_bytes).still_rejected == 1
+    with store.write() as session:
+        readmit_device(session, "kitchen", at=now(), actor="operator")
+    assert retry_rejections(store, max_body_bytes=max_bytes).stored == 1
+    assert stored_frames(store) == [("5b001", 1), ("5b001", 2)]
