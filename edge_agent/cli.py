@@ -114,6 +114,9 @@ def flash(  # noqa: PLR0917 - typer calls it by name
     image: Annotated[Path | None, typer.Option(help="The image: .img, .img.xz, .img.gz or .img.zst. A .bmap beside it is used.")] = None,
     target: Annotated[Path | None, typer.Option(help="The card's disk (see --list), or a file.")] = None,
     bundle: Annotated[Path | None, typer.Option(help="From `coordinator enrol DEVICE`.")] = None,
+    fleet: Annotated[Path | None, typer.Option(help="Make a card for every line of this CSV file (docs/flashing.md), one after the other.")] = None,
+    bundles: Annotated[Path, typer.Option(help="With --fleet: the folder with DEVICE.bundle.json.")] = Path("bundles"),
+    labels: Annotated[Path, typer.Option(help="With --fleet: the folder for labels (text, and QR codes as SVG and PNG).")] = Path("labels"),
     list_them: Annotated[bool, typer.Option("--list", help="Show the disks, and which of them may be written.")] = False,
     sha256: Annotated[str | None, typer.Option(help="Of the unpacked image.")] = None,
     size: Annotated[int | None, typer.Option(min=1, help="Of the unpacked image, in bytes.")] = None,
@@ -138,13 +141,18 @@ def flash(  # noqa: PLR0917 - typer calls it by name
         if list_them:
             command.print_disks(Console(), int(largest_gb * 10**9))
             return
-        if image is None or target is None or bundle is None:
-            raise typer.BadParameter("give --image, --target and --bundle (or --list)")
+        if image is None or target is None or (bundle is None) == (fleet is None):
+            raise typer.BadParameter("give --image, --target, and --bundle or --fleet (or --list alone)")
         options = command.FlashOptions(
-            image, target, bundle, sha256, size, hostname, user, password_hash_file, tuple(ssh_key or ()), wifi, wifi_secret_file,
+            image, target, bundle or Path(), sha256, size, hostname, user, password_hash_file, tuple(ssh_key or ()), wifi, wifi_secret_file,
             country, timezone, int(largest_gb * 10**9), yes,
         )
-        command.flash(options, Console())
+        if fleet is None:
+            command.flash(options, Console())
+            return
+        from edge_agent.flash.fleet import ask_for_card, flash_fleet
+
+        flash_fleet(fleet, options, Console(), bundles=bundles, labels=labels, wait_for_card=ask_for_card)
     except FlashError as error:
         typer.echo(f"edge-agent: {error}", err=True)
         raise typer.Exit(exit_codes.CRASH) from error
