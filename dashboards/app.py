@@ -25,6 +25,7 @@ from coordinator.settings import CoordinatorSettings
 from coordinator.store.errors import StoreError
 from dashboards import fleet_page
 from dashboards.live import Live, StoreAccess, utc_now
+from dashboards.metrics import FleetCollector, metrics_router
 from dashboards.shown import FILTERS
 from dashboards.view import View, view_of
 
@@ -64,6 +65,7 @@ def make_app(settings: CoordinatorSettings, *, now: Callable[[], datetime] = utc
     app.state.view = View(make_templates(), live, settings, now)
     app.mount("/static", StaticFiles(directory=FOLDER / "static"), name="static")
     app.include_router(fleet_page.router)
+    app.include_router(metrics_router(FleetCollector(live.snapshot, access.reader, settings)))
     app.add_api_route("/healthz", healthz, methods=["GET"], include_in_schema=False)
     app.add_exception_handler(StoreError, _store_away)
     app.add_exception_handler(HTTPException, _refused)

@@ -1,4 +1,4 @@
-"""What one scrape shows, read in one short transaction and from a few small files, as plain values."""
+"""What `/metrics` shows beyond the shared snapshot: a few small queries, and the dates in public certificate files."""
 
 from __future__ import annotations
 
@@ -7,51 +7,39 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from cryptography import x509
 
+from coordinator.settings import CoordinatorSettings
 from coordinator.store import figures
 from coordinator.store.engine import Store
-from coordinator.store.fleet import DeviceOverview, FleetTotals, device_overview, fleet_totals
-from coordinator.store.programs import ProgramState, program_states
+from coordinator.store.views import Measured, accuracy_series
+from dashboards.snapshot import FleetSnapshot
 
 # Names of the files are those of `coordinator init`; only public halves are read.
 _BROKER_CERTIFICATES = ("broker", "fleet-authority", "claims-authority")
 _REVOCATION_LISTS = ("fleet", "claims")
 _PROGRAMS = ("gateway", "enrolment", "doctor")
 _MAX_FILE_BYTES = 64 * 1024 * 1024  # a revocation list of a million devices
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where to look besides the store; what is None or missing is left out of the metrics."""
-
-    data_directory: Path | None = None
-    broker_directory: Path | None = None
+_MOST_BACKBONES = 256
 
 
 @dataclass(frozen=True)
 class Measures:
-    """One look at everything, at `now`."""
+    """The rest of one look; what cannot be found out is empty or None, and left out of the metrics."""
 
-    now: datetime
-    devices: list[DeviceOverview]
-    totals: FleetTotals
-    checkpoints: figures.CheckpointFigures
-    programs: dict[str, ProgramState] = field(default_factory=dict)
-    measured: list[figures.Measured] = field(default_factory=list)
-    certificate_lifetimes: dict[str, tuple[datetime, datetime]] = field(default_factory=dict)
+    backbone_accuracy: dict[str, float] = field(default_factory=dict)  # fingerprint -> newest
+    worst_device: Measured | None = None
+    certificate_lifetimes: dict[str, tuple[datetime, datetime]] = field(default_factory=dict)  # device -> issued, expires
     backbones: int = 0
     database_bytes: int = 0
-    log_bytes: int | None = None  # of SQLite's write-ahead log
     disk_size_bytes: int | None = None
     disk_free_bytes: int | None = None
     certificates: dict[str, datetime] = field(default_factory=dict)  # name -> expires
-    revocation_lists: dict[str, datetime] = field(default_factory=dict)  # name -> next update
+    revocation_lists: dict[str, datetime] = field(default_factory=dict)  # authority -> next update
 
 
-class FileCache:
+class FileDates:
     """Expiry times in certificates and revocation lists, parsed again only when a file has changed."""
 
     def __init__(self) -> None:
@@ -71,48 +59,40 @@ class FileCache:
         return known[1]
 
 
-def take_measures(store: Store, now: datetime, places: Places, cache: FileCache) -> Measures:
-    """Read everything. Raises StoreUnavailable or StoreError as the store does."""
+def take_measures(store: Store, snapshot: FleetSnapshot, settings: CoordinatorSettings, dates: FileDates) -> Measures:
+    """Look at the rest. Raises StoreError as the store does."""
     with store.read() as session:
-        values: dict[str, Any] = {
-            "devices": device_overview(session, now),
-            "totals": fleet_totals(session),
-            "checkpoints": figures.checkpoint_figures(session),
-            "programs": program_states(session),
-            "measured": figures.newest_measurements(session),
-            "certificate_lifetimes": figures.certificate_lifetimes(session),
-            "backbones": figures.registered_backbones(session),
-            "database_bytes": figures.database_bytes(session),
-        }
-    if places.data_directory is not None:
-        try:
-            disk = shutil.disk_usage(places.data_directory)
-        except OSError:
-            pass
-        else:
-            values |= {"disk_size_bytes": disk.total, "disk_free_bytes": disk.free}
+        run = snapshot.run
+        by_backbone = accuracy_series(session, run, "backbone", limit=_MOST_BACKBONES) if run else []
+        worst = accuracy_series(session, run, "worst-device", limit=1) if run else []
+        lifetimes = figures.certificate_lifetimes(session)
+        backbones = figures.registered_backbones(session)
+        database_bytes = figures.database_bytes(session)
+    try:
+        disk = shutil.disk_usage(settings.data_directory)
+    except OSError:
+        disk = None
     return Measures(
-        now=now,
-        log_bytes=store.log_bytes,
-        certificates=_certificates(places, cache),
-        revocation_lists=_revocation_lists(places, cache),
-        **values,
+        backbone_accuracy={measured.name: measured.accuracy for measured in by_backbone},
+        worst_device=worst[-1] if worst else None,
+        certificate_lifetimes=lifetimes,
+        backbones=backbones,
+        database_bytes=database_bytes,
+        disk_size_bytes=disk and disk.total,
+        disk_free_bytes=disk and disk.free,
+        certificates=_certificates(settings, dates),
+        revocation_lists=_revocation_lists(settings, dates),
     )
 
 
-def _certificates(places: Places, cache: FileCache) -> dict[str, datetime]:
-    paths: dict[str, Path] = {}
-    if places.broker_directory is not None:
-        paths |= {name: places.broker_directory / f"{name}.pem" for name in _BROKER_CERTIFICATES}
-    if places.data_directory is not None:
-        paths |= {name: places.data_directory / "identities" / name / "client.pem" for name in _PROGRAMS}
-    found = {name: cache.expires(path, lambda pem: x509.load_pem_x509_certificate(pem).not_valid_after_utc) for name, path in paths.items()}
+def _certificates(settings: CoordinatorSettings, dates: FileDates) -> dict[str, datetime]:
+    paths = {name: settings.broker_directory / f"{name}.pem" for name in _BROKER_CERTIFICATES}
+    paths |= {name: settings.data_directory / "identities" / name / "client.pem" for name in _PROGRAMS}
+    found = {name: dates.expires(path, lambda pem: x509.load_pem_x509_certificate(pem).not_valid_after_utc) for name, path in paths.items()}
     return {name: at for name, at in found.items() if at is not None}
 
 
-def _revocation_lists(places: Places, cache: FileCache) -> dict[str, datetime]:
-    if places.broker_directory is None:
-        return {}
-    paths = {name: places.broker_directory / f"{name}-revoked.pem" for name in _REVOCATION_LISTS}
-    found = {name: cache.expires(path, lambda pem: x509.load_pem_x509_crl(pem).next_update_utc) for name, path in paths.items()}
+def _revocation_lists(settings: CoordinatorSettings, dates: FileDates) -> dict[str, datetime]:
+    paths = {name: settings.broker_directory / f"{name}-revoked.pem" for name in _REVOCATION_LISTS}
+    found = {name: dates.expires(path, lambda pem: x509.load_pem_x509_crl(pem).next_update_utc) for name, path in paths.items()}
     return {name: at for name, at in found.items() if at is not None}

@@ -1,4 +1,4 @@
-"""`/metrics` for Prometheus: the store's figures at the moment of the scrape, one metric family for each.
+"""`/metrics` for Prometheus: the store's figures as every page shows them, one metric family for each.
 
 Rules: base units in the names; what can only grow is a counter, what a retry or a repair may take back is a gauge (a
 counter that falls looks like a restart and a flood); names and versions that devices choose become labels only
@@ -9,10 +9,9 @@ explains every family.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -21,15 +20,14 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from coordinator.settings import CoordinatorSettings
 from coordinator.store.engine import Store
-from coordinator.store.errors import StoreError, StoreUnavailable
+from coordinator.store.errors import StoreError
 from coordinator.store.fleet import DeviceOverview
-from dashboards.measures import FileCache, Measures, Places, take_measures
+from dashboards.measures import FileDates, Measures, take_measures
+from dashboards.snapshot import STATES, FleetSnapshot
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-DEVICE_SERIES_LIMIT = 1000  # devices with series of their own, 42 each
-# Worst first: who is cut off at the limit is on time.
-STATES = ("lost", "late", "quiet", "offline", "on-time")
 _LABEL_CHARACTERS = 64
 
 Kind = Literal["counter", "gauge"]
@@ -124,14 +122,14 @@ def worst_first(devices: Iterable[DeviceOverview]) -> list[DeviceOverview]:
     return sorted(devices, key=lambda d: (d.ledger.balanced, STATES.index(d.state), d.since, d.device))
 
 
-def metric_families(measures: Measures, device_series_limit: int = DEVICE_SERIES_LIMIT) -> Iterator[Metric]:
-    """Everything that one scrape shows."""
+def metric_families(snapshot: FleetSnapshot, measures: Measures, devices_shown: int) -> Iterator[Metric]:
+    """Everything that one scrape shows; `devices_shown` is the limit on devices with series of their own (47 each)."""
     yield InfoMetricFamily("mobillm_build", "Version of mobillm-fleet.", value={"version": version("mobillm-fleet")})
-    yield from _fleet(measures)
-    yield from _learning(measures)
-    yield from _server(measures)
-    ordered = worst_first(measures.devices)
-    shown = ordered[:device_series_limit]
+    yield from _fleet(snapshot, measures)
+    yield from _learning(snapshot, measures)
+    yield from _server(snapshot, measures)
+    ordered = worst_first(snapshot.devices)
+    shown = ordered[:devices_shown]
     yield _gauge("device_series_left_out", "Devices without series of their own, for the limit was reached.", len(ordered) - len(shown))
     yield from _devices(shown, measures)
 
@@ -144,7 +142,7 @@ def _counter(name: str, text: str, value: float) -> CounterMetricFamily:
     return CounterMetricFamily(f"mobillm_{name}", text, value=value)
 
 
-def _labelled(name: str, text: str, label: str, values: dict[str, float | None]) -> GaugeMetricFamily:
+def _labelled(name: str, text: str, label: str, values: Mapping[str, float | None]) -> GaugeMetricFamily:
     family = GaugeMetricFamily(f"mobillm_{name}", text, labels=[label])
     for key, value in values.items():
         if value is not None and math.isfinite(value):
@@ -152,11 +150,10 @@ def _labelled(name: str, text: str, label: str, values: dict[str, float | None])
     return family
 
 
-def _fleet(measures: Measures) -> Iterator[Metric]:
-    totals, ledger = measures.totals, measures.totals.ledger
-    states = Counter(str(device.state) for device in measures.devices)
-    yield _labelled("devices", "Devices by state.", "state", {state: float(states[state]) for state in STATES})
-    yield _gauge("devices_unbalanced", "Devices whose loss ledger does not balance.", sum(not d.ledger.balanced for d in measures.devices))
+def _fleet(snapshot: FleetSnapshot, measures: Measures) -> Iterator[Metric]:
+    totals, ledger = snapshot.totals, snapshot.totals.ledger
+    yield _labelled("devices", "Devices by state.", "state", snapshot.states())
+    yield _gauge("devices_unbalanced", "Devices whose loss ledger does not balance.", sum(not d.ledger.balanced for d in snapshot.devices))
     yield _counter("frames_stored", "Frames stored.", totals.frames_stored)
     yield _counter("samples_stored", "Samples stored.", totals.samples_stored)
     yield _counter("payload_stored_bytes", "Payload of the stored frames.", totals.bytes_stored)
@@ -171,10 +168,8 @@ def _fleet(measures: Measures) -> Iterator[Metric]:
     yield _gauge("backbones", "Registered backbones.", measures.backbones)
 
 
-def _learning(measures: Measures) -> Iterator[Metric]:
-    fleet = [m for m in measures.measured if m.scope == "fleet"]
-    worst = [m for m in measures.measured if m.scope == "worst-device"]
-    for newest in fleet:
+def _learning(snapshot: FleetSnapshot, measures: Measures) -> Iterator[Metric]:
+    for newest in snapshot.accuracy[-1:]:
         yield _gauge("accuracy_ratio", "Accuracy on the fleet's held-out samples, 0 to 1.", newest.accuracy)
         yield _gauge("evaluation_loss", "Loss on the fleet's held-out samples.", newest.loss)
         yield _gauge("evaluation_samples", "Held-out samples in the newest evaluation.", newest.samples)
@@ -182,18 +177,21 @@ def _learning(measures: Measures) -> Iterator[Metric]:
         yield _gauge("evaluation_timestamp_seconds", "When the newest evaluation was made.", newest.at.timestamp())
     yield _labelled(
         "backbone_accuracy_ratio", "Accuracy on the held-out samples of a backbone type's devices, 0 to 1.", "backbone",
-        {m.name: m.accuracy for m in measures.measured if m.scope == "backbone"},
+        measures.backbone_accuracy,
     )
+    worst = measures.worst_device
     yield _labelled(
-        "worst_device_accuracy_ratio", "Accuracy of the device that does worst, 0 to 1.", "device", {m.name: m.accuracy for m in worst}
+        "worst_device_accuracy_ratio", "Accuracy of the device that does worst, 0 to 1.", "device",
+        {} if worst is None else {worst.name: worst.accuracy},
     )
-    checkpoints = measures.checkpoints
-    yield _counter("checkpoints_offered", "Checkpoints that the trainer or a person offered.", checkpoints.offered)
-    yield _counter("checkpoints_published", "Checkpoints that devices could fetch.", checkpoints.published)
-    yield _gauge("checkpoint_offered_generation", "Newest checkpoint, 0 for none.", checkpoints.offered_generation)
-    yield _gauge("checkpoint_published_generation", "Newest checkpoint that devices can fetch, 0 for none.", checkpoints.published_generation)
-    if checkpoints.published_at is not None:
-        yield _gauge("checkpoint_published_timestamp_seconds", "When it was published.", checkpoints.published_at.timestamp())
+    yield _counter("checkpoints_offered", "Checkpoints that the trainer or a person offered.", snapshot.totals.checkpoints)
+    yield _counter("checkpoints_published", "Checkpoints that devices could fetch.", snapshot.totals.checkpoints_published)
+    offered = snapshot.checkpoints[0].generation if snapshot.checkpoints else 0
+    published = next((c for c in snapshot.checkpoints if c.published_at is not None), None)
+    yield _gauge("checkpoint_offered_generation", "Newest checkpoint, 0 for none.", offered)
+    yield _gauge("checkpoint_published_generation", "Newest checkpoint that devices can fetch, 0 for none.", published.generation if published else 0)
+    if published is not None:
+        yield _gauge("checkpoint_published_timestamp_seconds", "When it was published.", _at(published.published_at))
 
 
 # A program's own figures: (program, key of its status) -> (metric, kind, help).
@@ -220,8 +218,8 @@ PROGRAM_FIGURES: dict[tuple[str, str], tuple[str, Kind, str]] = {
 _NONE_IS_ZERO = ("oldest_uncommitted_seconds", "samples_per_second")  # nothing waits; nothing moves
 
 
-def _server(measures: Measures) -> Iterator[Metric]:
-    programs = measures.programs.values()
+def _server(snapshot: FleetSnapshot, measures: Measures) -> Iterator[Metric]:
+    programs = snapshot.programs
     yield _labelled("program_last_beat_timestamp_seconds", "When the program last said that it runs.", "program", {p.name: _at(p.at) for p in programs})
     yield _labelled("program_start_timestamp_seconds", "When the program started.", "program", {p.name: _at(p.started_at) for p in programs})
     yield _labelled(
@@ -231,14 +229,15 @@ def _server(measures: Measures) -> Iterator[Metric]:
         "program_in_trouble", "1 while something fails that the program tries again.", "program",
         {p.name: float(bool(p.status["error"])) for p in programs if "error" in p.status},
     )
+    statuses = {program.name: program.status for program in programs}
     for (program, key), (name, kind, text) in PROGRAM_FIGURES.items():
-        status = measures.programs[program].status if program in measures.programs else {}
+        status = statuses.get(program, {})
         value = number(0 if key in _NONE_IS_ZERO and status.get(key, 0) is None else status.get(key))
         if value is not None:
             yield _FAMILIES[kind](f"mobillm_{name}", text, value=value)
     yield _gauge("database_bytes", "Size of the database without its log.", measures.database_bytes)
-    if measures.log_bytes is not None:
-        yield _gauge("database_log_bytes", "Size of SQLite's write-ahead log.", measures.log_bytes)
+    if snapshot.log_bytes is not None:
+        yield _gauge("database_log_bytes", "Size of SQLite's write-ahead log.", snapshot.log_bytes)
     if measures.disk_free_bytes is not None and measures.disk_size_bytes is not None:
         yield _gauge("disk_free_bytes", "Free room on the disk of the data directory.", measures.disk_free_bytes)
         yield _gauge("disk_size_bytes", "Size of the disk of the data directory.", measures.disk_size_bytes)
@@ -295,30 +294,31 @@ def _device_certificates(shown: list[DeviceOverview], measures: Measures) -> Ite
 
 
 class FleetCollector(Collector):
-    """Reads the store whenever it is asked; holds nothing between two scrapes but the dates in certificates."""
+    """Looks whenever it is asked; holds nothing between two scrapes but the dates in certificates.
 
-    def __init__(
-        self,
-        store: Store,
-        places: Places = Places(),  # noqa: B008 - frozen
-        device_series_limit: int = DEVICE_SERIES_LIMIT,
-        now: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
-    ) -> None:
-        self._store = store
-        self._places = places
-        self._limit = device_series_limit
-        self._now = now
-        self._files = FileCache()
+    Args:
+        snapshot: the fleet as every page shows it; raises StoreError.
+        reader: the store for the rest; raises StoreError.
+        settings: for the limit on devices and the places of files.
+
+    """
+
+    def __init__(self, snapshot: Callable[[], FleetSnapshot], reader: Callable[[], Store], settings: CoordinatorSettings) -> None:
+        self._snapshot = snapshot
+        self._reader = reader
+        self._settings = settings
+        self._dates = FileDates()
 
     def collect(self) -> Iterator[Metric]:
         try:
-            measures = take_measures(self._store, self._now(), self._places, self._files)
-        except (StoreError, StoreUnavailable):
+            snapshot = self._snapshot()
+            measures = take_measures(self._reader(), snapshot, self._settings, self._dates)
+        except StoreError:
             # Said as a figure, so that an alert can tell it from a dashboard that is down.
             yield _gauge("store_up", "1 while the store can be read.", 0)
             return
         yield _gauge("store_up", "1 while the store can be read.", 1)
-        yield from metric_families(measures, self._limit)
+        yield from metric_families(snapshot, measures, self._settings.dashboard.metrics_devices)
 
 
 def metrics_router(collector: Collector) -> APIRouter:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import subprocess
-import threading
+import sys
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -17,23 +17,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from fastapi import FastAPI
+from prometheus_client import CollectorRegistry, generate_latest
 
+from coordinator.settings import CoordinatorSettings
 from coordinator.store.engine import Store, open_store
 from coordinator.store.health import record_health
 from coordinator.store.ingest import insert_frames
 from coordinator.store.models import Backbone, Certificate, ProgramRow
 from coordinator.store.schema import upgrade
 from coordinator.store.training import insert_checkpoint, insert_evaluation, insert_run, mark_published
-from dashboards.measures import Places
-from dashboards.metrics import FleetCollector, metrics_router
+from dashboards.metrics import FleetCollector
+from dashboards.snapshot import FleetSnapshot, take_snapshot
 from side_tuning.wire.messages import Health
-from tests.brokers import free_port
+from tests.brokers import accepts_connections, free_port
+from tests.coordinator.fleet import settings_file
+from tests.dashboards.fleets import dashboard_settings
 from tests.store.frames import FINGERPRINT, make_frame, received, report, unreadable
 from tests.waiting import wait_until
 
@@ -109,13 +111,25 @@ def fill(store: Store, now: datetime) -> None:
 
 
 @contextmanager
-def filled_store(folder: Path, now: datetime | None = None) -> Iterator[Store]:
-    url = f"sqlite:///{folder}/coordinator.db"
-    upgrade(url)
-    store = open_store(url)
+def filled_store(folder: Path, now: datetime | None = None) -> Iterator[tuple[CoordinatorSettings, Store]]:
+    settings = dashboard_settings(folder)
+    settings.data_directory.mkdir(parents=True, exist_ok=True)
+    upgrade(settings.database_url)
+    store = open_store(settings.database_url)
     fill(store, now or datetime.now(timezone.utc))
-    yield store
+    yield settings, store
     store.close()
+
+
+def snapshot_of(store: Store, now: datetime) -> FleetSnapshot:
+    return take_snapshot(store, now, 30.0, {})
+
+
+def scraped(settings: CoordinatorSettings, store: Store) -> str:
+    """What one scrape gives, without a web server."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(FleetCollector(lambda: snapshot_of(store, datetime.now(timezone.utc)), lambda: store, settings))
+    return generate_latest(registry).decode("utf-8")
 
 
 def write_authorities(folder: Path, now: datetime, days: float) -> None:
@@ -138,18 +152,27 @@ def write_authorities(folder: Path, now: datetime, days: float) -> None:
 
 
 @contextmanager
-def served_metrics(store: Store, places: Places) -> Iterator[str]:
-    """The address of a web server with nothing but `/metrics`."""
-    app = FastAPI()
-    app.include_router(metrics_router(FleetCollector(store, places)))
-    port = free_port()
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    wait_until(lambda: server.started, 60, "the web server starts")
-    yield f"127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join(30)
+def served(folder: Path, port: int) -> Iterator[str]:
+    """The address of `dashboards serve`, a process of its own over the store in `folder`."""
+    config = settings_file(folder, 1883, f"dashboard.port = {port}")
+    log = folder / "dashboard.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen([sys.executable, "-m", "dashboards", "serve", "--config", str(config)], stdout=output, stderr=output)
+    try:
+        wait_until(lambda: process.poll() is not None or accepts_connections(port), 120, f"the dashboard listens; see {log}")
+        assert process.poll() is None, log.read_text(errors="replace")
+        yield f"127.0.0.1:{port}"
+    finally:
+        end(process)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait(10)
 
 
 class Prometheus:
@@ -204,12 +227,7 @@ def prometheus_scraping(target: str, folder: Path) -> Iterator[Prometheus]:
         assert process.poll() is None, log.read_text(errors="replace")
         yield server
     finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(10)
+        end(process)
 
 
 def wait_for_scrapes(server: Prometheus, least: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,14 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from dashboards.measures import Places
-from dashboards.metrics import FleetCollector
 from tests.dashboards.monitored import (
     PROMETHEUS_FILES,
     filled_store,
     needs_prometheus,
     promtool,
+    scraped,
     write_authorities,
 )
-from tests.dashboards.test_metrics import text_of
 
 RULES: list[dict[str, Any]] = [
     rule for group in yaml.safe_load((PROMETHEUS_FILES / "alerts.yml").read_text(encoding="utf-8"))["groups"] for rule in group["rules"]
@@ -52,11 +51,9 @@ def test_an_alert_says_how_grave_it_is_what_it_means_and_where_to_read_on(rule: 
 
 
 def test_alerts_look_at_metrics_that_exist(tmp_path: Path):
-    from datetime import datetime, timezone
-
-    with filled_store(tmp_path) as opened:
-        write_authorities(tmp_path / "broker", datetime.now(timezone.utc), 30)
-        text = text_of(FleetCollector(opened, Places(tmp_path, tmp_path / "broker")))
+    with filled_store(tmp_path) as (settings, store):
+        write_authorities(settings.broker_directory, datetime.now(timezone.utc), 30)
+        text = scraped(settings, store)
     exposed = {sample.name for family in text_string_to_metric_families(text) for sample in family.samples}
     wanted = {name for rule in RULES for name in re.findall(r"\bmobillm_\w+", rule["expr"])}
     assert wanted <= exposed

@@ -1,47 +1,57 @@
 """`/metrics` shows what the store holds, to a real Prometheus, whatever devices call themselves."""
 
+# ruff: noqa: F811 - fixtures
+
 from __future__ import annotations
 
 import subprocess
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
+from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
+from coordinator.settings import CoordinatorSettings
 from coordinator.store.engine import Store
 from coordinator.store.health import record_health
 from coordinator.store.ingest import insert_frames
 from coordinator.store.models import ProgramRow
-from dashboards.measures import FileCache, Measures, Places, take_measures
-from dashboards.metrics import CONTENT_TYPE, FleetCollector, clean, metric_families
+from dashboards.app import make_app
+from dashboards.measures import FileDates, Measures, take_measures
+from dashboards.metrics import CONTENT_TYPE, clean, metric_families
+from tests.brokers import free_port
+from tests.dashboards.fleets import dashboard_settings
 from tests.dashboards.monitored import (
     fill,
     filled_store,
     full_report,
     needs_prometheus,
     prometheus_scraping,
-    served_metrics,
+    scraped,
+    served,
+    snapshot_of,
     wait_for_scrapes,
     write_authorities,
 )
 from tests.store.conftest import postgres, postgres_url, sqlite_store, store, url  # noqa: F401 - fixtures
 from tests.store.frames import START, after, make_frame, received
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-
-def measures_of(opened: Store, now: datetime = START, places: Places | None = None) -> Measures:
-    return take_measures(opened, now, places or Places(), FileCache())
+from tests.waiting import wait_until
 
 
-def text_of(collector: FleetCollector) -> str:
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(collector)
-    return generate_latest(registry).decode("utf-8")
+@pytest.fixture
+def settings(tmp_path: Path) -> CoordinatorSettings:
+    return dashboard_settings(tmp_path)
+
+
+def families_of(settings: CoordinatorSettings, store: Store, now: datetime = START, shown: int = 1000) -> list[Metric]:
+    snapshot = snapshot_of(store, now)
+    return list(metric_families(snapshot, take_measures(store, snapshot, settings, FileDates()), shown))
 
 
 def values(families: list[Metric]) -> dict[tuple[str, ...], float]:
@@ -49,16 +59,16 @@ def values(families: list[Metric]) -> dict[tuple[str, ...], float]:
     return {(sample.name, *sample.labels.values()): sample.value for family in families for sample in family.samples}
 
 
-def test_an_empty_store_has_metrics_too(store: Store):  # noqa: F811
-    found = values(list(metric_families(measures_of(store))))
+def test_an_empty_store_has_metrics_too(settings: CoordinatorSettings, store: Store):
+    found = values(families_of(settings, store))
     assert found["mobillm_devices", "on-time"] == 0
     assert found["mobillm_samples_stored_total",] == 0
     assert ("mobillm_accuracy_ratio",) not in found
 
 
-def test_every_figure_of_a_fleet(store: Store):  # noqa: F811
+def test_every_figure_of_a_fleet(settings: CoordinatorSettings, store: Store):
     fill(store, START)
-    found = values(list(metric_families(measures_of(store, after(1)))))
+    found = values(families_of(settings, store, after(1)))
     expected = {
         ("mobillm_devices", "on-time"): 2,
         ("mobillm_devices", "lost"): 1,
@@ -93,9 +103,9 @@ def test_every_figure_of_a_fleet(store: Store):  # noqa: F811
 
 def test_names_follow_the_conventions(tmp_path: Path):
     """Unique, a help text each, counters end in _total; and promtool's linter has nothing to say."""
-    with filled_store(tmp_path) as opened:
-        write_authorities(tmp_path / "broker", datetime.now(timezone.utc), 30)
-        text = text_of(FleetCollector(opened, Places(tmp_path, tmp_path / "broker")))
+    with filled_store(tmp_path) as (settings, store):
+        write_authorities(settings.broker_directory, datetime.now(timezone.utc), 30)
+        text = scraped(settings, store)
     families = list(text_string_to_metric_families(text))
     assert len({family.name for family in families}) == len(families) > 80
     assert all(family.name.startswith("mobillm_") and family.documentation.endswith(".") for family in families)
@@ -104,15 +114,15 @@ def test_names_follow_the_conventions(tmp_path: Path):
 
 @needs_prometheus
 def test_promtool_finds_nothing_to_say_against_the_names(tmp_path: Path):
-    with filled_store(tmp_path) as opened:
-        text = text_of(FleetCollector(opened, Places(tmp_path)))
+    with filled_store(tmp_path) as (settings, store):
+        text = scraped(settings, store)
     linted = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True, timeout=60)
     assert (linted.returncode, linted.stdout, linted.stderr) == (0, "", "")
 
 
-def test_beyond_the_limit_the_worst_devices_stay(store: Store):  # noqa: F811
+def test_beyond_the_limit_the_worst_devices_stay(settings: CoordinatorSettings, store: Store):
     fill(store, START)
-    found = list(metric_families(measures_of(store, after(1)), device_series_limit=2))
+    found = families_of(settings, store, after(1), shown=2)
     devices = {sample.labels["device"] for family in found for sample in family.samples if family.name == "mobillm_device_state"}
     assert devices == {"attic", "cellar"}, "the one that loses samples and the lost one; the one that is well is left out"
     assert values(found)["mobillm_device_series_left_out",] == 1
@@ -122,18 +132,20 @@ def test_beyond_the_limit_the_worst_devices_stay(store: Store):  # noqa: F811
 HOSTILE = 'x"} 1\nmobillm_store_up 0\n# <script>\ud800\x00\\"'
 
 
-def test_labels_cannot_break_out(store: Store):  # noqa: F811
+def test_labels_cannot_break_out(settings: CoordinatorSettings, store: Store):
     """An agent's version is any text; a lone surrogate would end the scrape."""
     fill(store, START)
-    measures = measures_of(store, after(1))
-    hostile = [replace(d, health=replace(d.health, agent_version=HOSTILE)) if d.health else d for d in measures.devices]
+    snapshot = snapshot_of(store, after(1))
+    hostile = [replace(d, health=replace(d.health, agent_version=HOSTILE)) if d.health else d for d in snapshot.devices]
     hostile = [replace(d, device=HOSTILE + "z" * 500) if d.device == "cellar" else d for d in hostile]
 
-    class Given(FleetCollector):
-        def collect(self):  # type: ignore[no-untyped-def]
-            return metric_families(replace(measures, devices=hostile))
+    class Given(Collector):
+        def collect(self) -> Iterator[Metric]:
+            return metric_families(replace(snapshot, devices=tuple(hostile)), Measures(), 1000)
 
-    text = text_of(Given(store))
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(Given())
+    text = generate_latest(registry).decode("utf-8")
     families = {family.name: family for family in text_string_to_metric_families(text)}
     assert "mobillm_store_up" not in families
     assert {s.labels["agent_version"] for s in families["mobillm_device_info"].samples} == {"", clean(HOSTILE)}
@@ -141,37 +153,34 @@ def test_labels_cannot_break_out(store: Store):  # noqa: F811
     assert all(line.startswith(("mobillm_", "# HELP mobillm_", "# TYPE mobillm_")) for line in text.splitlines())
 
 
-def test_a_status_from_another_version_is_passed_over(store: Store):  # noqa: F811
+def test_a_status_from_another_version_is_passed_over(settings: CoordinatorSettings, store: Store):
     with store.write() as session:
         odd = {"connected": "yes", "queue_messages": [1], "commit_seconds_last": None, "looping": {}, "error": ["x"], "health": 10**400}
         session.add(ProgramRow(name="gateway", started_at=START, at=START, status=odd))
-    found = values(list(metric_families(measures_of(store))))
+    found = values(families_of(settings, store))
     assert not [key for key in found if key[0].startswith("mobillm_gateway")]
     assert found["mobillm_program_last_beat_timestamp_seconds", "gateway"] == START.timestamp()
 
 
 def test_certificates_and_revocation_lists_are_watched(tmp_path: Path):
-    with filled_store(tmp_path, START) as opened:
-        folder = tmp_path / "broker"
+    with filled_store(tmp_path, START) as (settings, store):
+        folder, dates, snapshot = settings.broker_directory, FileDates(), snapshot_of(store, START)
         write_authorities(folder, START, 30)
-        cache, places = FileCache(), Places(tmp_path, folder)
-        found = take_measures(opened, START, places, cache)
+        found = take_measures(store, snapshot, settings, dates)
         assert set(found.certificates) == {"broker", "fleet-authority", "claims-authority"}
         assert found.revocation_lists == {name: START + timedelta(days=30) for name in ("fleet", "claims")}
         write_authorities(folder, START, 60)
         (folder / "fleet-revoked.pem").write_text("half a fi")
-        found = take_measures(opened, START, places, cache)
+        found = take_measures(store, snapshot, settings, dates)
     assert found.certificates["broker"] == START + timedelta(days=60), "a renewed file is read again"
     assert set(found.revocation_lists) == {"claims"}, "a damaged one has no figure"
 
 
-def test_a_store_that_is_gone_is_told_as_a_figure(tmp_path: Path):
-    with filled_store(tmp_path) as opened:
-        (tmp_path / "coordinator.db").write_bytes(b"no database" * 1000)
-        for rest in tmp_path.glob("coordinator.db-*"):
-            rest.unlink()
-        opened.close()
-        assert [line for line in text_of(FleetCollector(opened)).splitlines() if line[0] != "#"] == ["mobillm_store_up 0.0"]
+def test_a_store_that_is_not_there_is_told_as_a_figure(settings: CoordinatorSettings):
+    with TestClient(make_app(settings), base_url="http://127.0.0.1") as client:
+        answer = client.get("/metrics")
+    assert answer.status_code == 200
+    assert [line for line in answer.text.splitlines() if line[0] != "#"] == ["mobillm_store_up 0.0"]
 
 
 @pytest.mark.slow
@@ -179,7 +188,7 @@ def test_a_store_that_is_gone_is_told_as_a_figure(tmp_path: Path):
 def test_a_real_prometheus_scrapes_it(tmp_path: Path):
     """The values in Prometheus are those of the store, and follow it; the project's own configuration and rules are loaded."""
     now = datetime.now(timezone.utc)
-    with filled_store(tmp_path, now) as opened, served_metrics(opened, Places(tmp_path)) as address:
+    with filled_store(tmp_path, now) as (_, store), served(tmp_path, free_port()) as address:
         with urllib.request.urlopen(f"http://{address}/metrics", timeout=60) as answer:
             assert answer.headers["Content-Type"] == CONTENT_TYPE
         with prometheus_scraping(address, tmp_path / "prometheus") as server:
@@ -187,11 +196,10 @@ def test_a_real_prometheus_scrapes_it(tmp_path: Path):
             assert server.value('up{job="mobillm"}') == 1
             assert server.value("mobillm_samples_stored_total") == 6
             assert server.value('mobillm_device_samples_missing{device="attic"}') == 7
-            with opened.write() as session:
+            with store.write() as session:
                 insert_frames(session, [received(make_frame("kitchen", 3, ("c", "d", "e")), datetime.now(timezone.utc))])
                 record_health(session, "kitchen", full_report(datetime.now(timezone.utc), 6), datetime.now(timezone.utc))
-            wait_for_scrapes(server, int(server.value("count_over_time(mobillm_store_up[10m])")) + 2)
-            assert server.value("mobillm_samples_stored_total") == 9
+            wait_until(lambda: server.value("mobillm_samples_stored_total") == 9, 120, "Prometheus sees the new samples")
             rules = [rule for group in server.get("rules")["groups"] for rule in group["rules"]]
             assert len(rules) > 30
             assert {rule["health"] for rule in rules} <= {"ok", "unknown"}
