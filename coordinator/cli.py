@@ -13,6 +13,7 @@ import typer
 
 from coordinator.command_line import Config, open_settings, opened_store
 from coordinator.identity_commands import register_identity_commands
+from side_tuning.json_logs import logs_are_json
 
 EXIT_CRASH = 1
 EXIT_CONFIG = 78  # as coordinator.settings says; not imported, to start fast
@@ -117,8 +118,8 @@ def alive(
     config: Config = None,
 ) -> None:
     """Whether a program on this machine is alive: exit code 0 or 1 and a line why. For health checks."""
-    from coordinator.alive import alive_trouble
     from coordinator.settings import load_settings
+    from side_tuning.alive import alive_trouble
 
     trouble = alive_trouble(load_settings(config).alive_file(name), max_age)
     print(f"{name}: {trouble or 'alive'}")
@@ -341,7 +342,10 @@ def main() -> None:
         expected = configuration or files or isinstance(error, ValueError | StoreUnavailable | RuntimeError)
         if not expected or isinstance(error, ValidationError):
             logging.getLogger(__name__).exception("unexpected failure")
-        print(f"coordinator: {files or error}", file=sys.stderr)
+        if logs_are_json():
+            logging.getLogger(__name__).critical("%s", files or error)
+        else:
+            print(f"coordinator: {files or error}", file=sys.stderr)
         sys.exit(EXIT_CONFIG if configuration else EXIT_CRASH)
 
 

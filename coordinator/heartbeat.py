@@ -16,9 +16,9 @@ from typing import Any
 
 from typing_extensions import Self
 
-from coordinator.alive import touch_alive
 from coordinator.store.engine import Store
 from coordinator.store.programs import record_program
+from side_tuning.alive import touch_alive
 
 logger = logging.getLogger(__name__)
 

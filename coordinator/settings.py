@@ -24,6 +24,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from coordinator.training.settings import TrainingSettings
 from side_tuning.broker_settings import BrokerSettings
+from side_tuning.json_logs import json_handler
 from side_tuning.wire.messages import MAX_BLOCKS, MAX_LABELS, CodecName, Mode, Pooling
 
 ENVIRONMENT_PREFIX = "COORDINATOR_"
@@ -184,7 +185,7 @@ class CoordinatorSettings(BaseSettings):
         return self.data_directory / "checkpoints"
 
     def alive_file(self, program: str) -> Path:
-        """Touched while the loops of `program` go round (coordinator/alive.py)."""
+        """Touched while the loops of `program` go round (side_tuning/alive.py)."""
         return (self.alive_directory or self.data_directory / "alive") / program
 
     @classmethod
@@ -258,6 +259,9 @@ def _mask_password(url: str) -> str:
 
 def configure_logging(settings: CoordinatorSettings, program: str) -> None:
     """One line per event on stderr, with the program's name; called once, in `main`."""
+    if settings.log_format == "json":
+        logging.basicConfig(level=settings.log_level.upper(), handlers=[json_handler(program)], force=True)
+        return
     logging.basicConfig(
         level=settings.log_level.upper(),
         format=f"%(asctime)s %(levelname)-7s {program}: %(message)s",

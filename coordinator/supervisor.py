@@ -7,6 +7,7 @@ is wrong (exit code 78) ends the whole, since a restart cannot help it.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -18,6 +19,9 @@ from dataclasses import dataclass, field
 
 from coordinator.settings import EXIT_CONFIG
 from coordinator.tied_process import tied_command
+from side_tuning.json_logs import logs_are_json
+
+logger = logging.getLogger(__name__)
 
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
@@ -36,7 +40,11 @@ class Program:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    """Pass a program's line on; our own, and what a program did not write as JSON, become JSON where the log is."""
+    if logs_are_json() and not line.startswith("{"):
+        logger.info("%s", line)
+    else:
+        print(line, file=sys.stderr, flush=True)
 
 
 class _Running:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 
@@ -34,6 +34,7 @@ from edge_agent.sd_notify import notify, watchdog_seconds
 from edge_agent.settings import AgentSettings
 from edge_agent.spool import Spool, SpoolFull
 from edge_agent.tap_plans import TapPlans
+from side_tuning.alive import touch_alive
 from side_tuning.broker_connection import BrokerConnection, Connected, Message
 from side_tuning.signatures import load_public_key
 from side_tuning.wire import topics
@@ -45,6 +46,7 @@ logger = logging.getLogger(__name__)
 IDLE_SECONDS = 0.2  # between two looks at sources that had nothing
 HUNG_SECONDS = 300.0  # a loop silent for longer counts as hung; one forward pass on a slow device takes far less
 SETTLE_SECONDS = 0.2
+TOUCH_SECONDS = 10.0  # between two touches of the alive file: a memory card should not notice
 SPOOL_FULL = "the spool is full"
 SESSION_SECONDS = 24 * 3600  # commands wait at the broker for this long
 
@@ -150,6 +152,8 @@ class Agent:
         self._watch(stop)
 
         notify("STOPPING=1")
+        with suppress(OSError):
+            self.settings.alive_file.unlink(missing_ok=True)
         ending.set()
         self.publisher.wake()
         self.report_soon()
@@ -172,8 +176,9 @@ class Agent:
             self._done.set()
 
     def _watch(self, stop: threading.Event) -> None:
-        """Wait for the end; keep systemd's watchdog fed only while every loop goes round."""
+        """Wait for the end; keep systemd's watchdog and health checks content only while every loop goes round."""
         every = min(0.5, (watchdog_seconds() or 60.0) / 4)
+        touch_at = 0.0
         while not stop.wait(every):
             if self._done.is_set():
                 return
@@ -182,6 +187,10 @@ class Agent:
                 return
             if self.alive():
                 notify("WATCHDOG=1")
+                if self._monotonic() >= touch_at:
+                    touch_at = self._monotonic() + TOUCH_SECONDS
+                    with suppress(OSError):  # a full disk is no reason to end
+                        touch_alive(self.settings.alive_file)
 
     def alive(self) -> bool:
         """Whether every loop went round lately, and the broker answers or is known not to.

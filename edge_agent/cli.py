@@ -36,7 +36,7 @@ def run(config: ConfigOption = None) -> None:
     """Take samples, send frames, keep what is not receipted; until SIGTERM or, if so set, until all is done."""
     with _told_plainly():
         settings = _settings(config)
-        _configure_logging(settings.log_level)
+        _configure_logging(settings.log_level, settings.log_format)
         from edge_agent import agent
         from edge_agent.signals import stop_on_signals
 
@@ -82,6 +82,20 @@ def doctor(
         show(findings, as_json=as_json)
         failed = any(finding.level == "failed" for finding in findings)
     raise typer.Exit(exit_codes.CRASH if failed else exit_codes.OK)
+
+
+@app.command()
+def alive(
+    max_age: Annotated[float, typer.Option(min=1, help="Seconds since its last sign of life.")] = 60.0,
+    config: ConfigOption = None,
+) -> None:
+    """Whether the agent on this machine is alive: exit code 0 or 1 and a line why. For health checks."""
+    with _told_plainly():
+        from side_tuning.alive import alive_trouble
+
+        trouble = alive_trouble(_settings(config).alive_file, max_age)
+        typer.echo(f"edge-agent: {trouble or 'alive'}")
+    raise typer.Exit(exit_codes.CRASH if trouble else exit_codes.OK)
 
 
 @app.command("check-config")
@@ -191,10 +205,15 @@ def _told_plainly() -> Iterator[None]:
         raise typer.Exit(exit_codes.CRASH) from error
 
 
-def _configure_logging(level: str) -> None:
+def _configure_logging(level: str, form: str = "text") -> None:
     import os
     import time
 
+    from side_tuning.json_logs import json_handler
+
+    if form == "json":
+        logging.basicConfig(level=level.upper(), handlers=[json_handler("edge-agent")])
+        return
     # The journal stamps its lines itself.
     stamp = "" if "JOURNAL_STREAM" in os.environ else "%(asctime)s.%(msecs)03dZ "
     formatter = logging.Formatter(stamp + "%(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")

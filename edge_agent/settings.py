@@ -148,6 +148,7 @@ class AgentSettings(BaseSettings):
     device: str
     state_directory: Path = Path("/var/lib/mobillm-fleet")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
     broker: BrokerSettings
     backbone: BackboneSettings
     sources: tuple[SourceSettings, ...] = ()
@@ -168,6 +169,11 @@ class AgentSettings(BaseSettings):
     @property
     def spool_path(self) -> Path:
         return self.state_directory / "spool.db"
+
+    @property
+    def alive_file(self) -> Path:
+        """Touched while every loop of the agent goes round (side_tuning/alive.py)."""
+        return self.state_directory / "alive"
 
     @classmethod
     def settings_customise_sources(

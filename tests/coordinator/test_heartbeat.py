@@ -11,11 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from coordinator.alive import alive_trouble, touch_alive
 from coordinator.heartbeat import Heartbeat
 from coordinator.store.engine import open_store
 from coordinator.store.programs import program_states
 from coordinator.training.figures import MAX_SHARES, device_shares
+from side_tuning.alive import alive_trouble, touch_alive
 from tests.brokers import free_port, mosquitto, needs_mosquitto
 from tests.coordinator.fleet import ScriptedDevice, make_payload, make_store, settings_file, settings_for
 from tests.coordinator.test_gateway import RunningGateway
@@ -102,7 +102,7 @@ def test_the_health_check_says_why_and_exits_with_0_or_1(tmp_path):
 
 
 def test_the_health_check_is_cheap():
-    code = "import coordinator.alive, coordinator.settings, coordinator.cli, sys; print(*sys.modules)"
+    code = "import side_tuning.alive, coordinator.settings, coordinator.cli, sys; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True).stdout.split()
     assert not {"torch", "sqlalchemy", "numpy", "paho"} & set(loaded)
 

@@ -17,6 +17,7 @@ import pytest
 from edge_agent.checkpoint_store import CheckpointStore
 from tests.brokers import free_port, mosquitto, needs_mosquitto
 from tests.edge_agent.artifacts import LABELS, Checkpoint
+from tests.waiting import wait_until
 
 UNIT = Path(__file__).parents[2] / "edge_agent" / "systemd" / "mobillm-edge-agent.service"
 
@@ -116,6 +117,27 @@ def test_sigterm_ends_a_run_cleanly(tmp_path: Path, minilm: Path) -> None:
     rest = agent.stderr.read()
     assert agent.wait(60) == 0, line + rest
     assert "Traceback" not in line + rest
+
+
+def test_a_running_agent_counts_as_alive_until_it_ends_and_logs_json_if_asked(tmp_path: Path, minilm: Path) -> None:
+    config = write_config(tmp_path, minilm)
+    assert edge_agent("alive", "--config", str(config)).returncode == 1
+    agent = subprocess.Popen(
+        [sys.executable, "-m", "edge_agent.cli", "run", "--config", str(config)],
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "MOBILLM_LOG_FORMAT": "json"},
+    )
+    assert agent.stderr is not None
+    line = json.loads(agent.stderr.readline())
+    assert (line["program"], line["logger"]) == ("edge-agent", "side_tuning.broker_connection")
+    wait_until((tmp_path / "state" / "alive").exists, 60, "it says that it is alive")
+    alive = edge_agent("alive", "--config", str(config))
+    assert (alive.returncode, alive.stdout) == (0, "edge-agent: alive\n")
+    agent.send_signal(signal.SIGTERM)
+    rest = agent.stderr.read()
+    assert agent.wait(60) == 0, rest
+    assert all(json.loads(one) for one in rest.splitlines())
+    gone = edge_agent("alive", "--config", str(config))
+    assert (gone.returncode, "does not exist" in gone.stdout) == (1, True)
 
 
 def test_check_config_shows_what_is_in_effect_and_no_secret(tmp_path: Path, minilm: Path) -> None:
