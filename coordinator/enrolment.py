@@ -39,7 +39,7 @@ from coordinator.cut_off import CutOffs
 from coordinator.enrolment_limits import Gate, Refusals
 from coordinator.enrolment_rules import Decision, RequestFacts, decide_claim, decide_renewal
 from coordinator.files import held
-from coordinator.gateway import FIRST_RETRY_SECONDS, HUNG_SECONDS, LONGEST_RETRY_SECONDS, utc_now
+from coordinator.gateway import FIRST_RETRY_SECONDS, HUNG_SECONDS, utc_now
 from coordinator.heartbeat import Heartbeat
 from coordinator.identities import (
     CLAIMS_AUTHORITY,
@@ -71,6 +71,7 @@ QUEUE_BYTES = 4 * 1024 * 1024
 BATCH = 32
 IDLE_SECONDS = 0.2
 CHORES_SECONDS = 1.0
+LONGEST_PAUSE_SECONDS = 5.0
 
 
 class EnrolmentError(RuntimeError):
@@ -128,7 +129,7 @@ class Enrolment:
         self._claims_list = RevocationList(folder / CLAIMS_REVOKED, authorities.claims)
         self.cut_offs = CutOffs(broker, authorities.fleet)
         self._chores_at = self._ticked_at = time.monotonic()
-        self._out_of_reach = 0
+        self._tries: Counter[str] = Counter()  # in a row, by what they keep from happening
         self._answered: Counter[str] = Counter()
 
     def run(self, stop: threading.Event) -> None:
@@ -158,9 +159,9 @@ class Enrolment:
 
     def _go_round(self, stop: threading.Event) -> None:
         for arrived in self._intake.take(BATCH, wait_seconds=IDLE_SECONDS, gather_seconds=0.0):
-            if not arrived.dropped and not self._while_in_reach(partial(self._serve, arrived.message), stop):
+            if not arrived.dropped and not self._while_in_reach("nobody gets a certificate", partial(self._serve, arrived.message), stop):
                 break  # the rest of them ask again
-        if time.monotonic() >= self._chores_at and self._while_in_reach(self._run_chores, stop):
+        if time.monotonic() >= self._chores_at and self._while_in_reach("no revocation takes effect", self._run_chores, stop):
             self._chores_at = time.monotonic() + CHORES_SECONDS
 
     def _figures(self) -> dict[str, Any]:
@@ -193,15 +194,15 @@ class Enrolment:
 
     # The main loop.
 
-    def _while_in_reach(self, work: Callable[[], None], stop: threading.Event) -> bool:
-        """Do `work`; False if the store or the disk is out of reach, which is said once. A bug in it ends nothing."""
+    def _while_in_reach(self, trouble: str, work: Callable[[], None], stop: threading.Event) -> bool:
+        """Do `work`; False if the store or the disk is out of reach, which is said once as `trouble`. A bug in it ends nothing."""
         try:
             work()
         except (*OUT_OF_REACH, OSError) as error:
-            self._out_of_reach += 1
-            level = logging.ERROR if self._out_of_reach == 1 else logging.DEBUG
-            logger.log(level, "nobody gets a certificate and no list is written for now, trying again: %s", error)
-            stop.wait(min(FIRST_RETRY_SECONDS * 2 ** min(self._out_of_reach, 16), LONGEST_RETRY_SECONDS))
+            self._tries[trouble] += 1
+            level = logging.ERROR if self._tries[trouble] == 1 else logging.DEBUG
+            logger.log(level, "%s for now, trying again: %s", trouble, error)
+            stop.wait(min(FIRST_RETRY_SECONDS * 2 ** min(self._tries[trouble], 16), LONGEST_PAUSE_SECONDS))
             return False
         except AuthorityError as error:
             if self._told.count(str(error)) == 1:
@@ -210,9 +211,8 @@ class Enrolment:
             if self._told.count(f"{type(error).__name__}: {error}") == 1:
                 logger.exception("something failed that should not")
         else:
-            if self._out_of_reach:
-                logger.info("the store works again after %d tries", self._out_of_reach)
-            self._out_of_reach = 0
+            if tries := self._tries.pop(trouble, 0):
+                logger.info("the store works again after %d tries", tries)
         return True
 
     def _check_network(self) -> None:
@@ -239,7 +239,7 @@ class Enrolment:
         self._serve_asked(asked)
 
     def _serve_asked(self, asked: _Asked) -> None:
-        now = self._now()
+        now = self._time()
         with self._store.read() as session:
             decision = self._decide(session, asked, now)
         if decision.outcome in ("issue", "hold"):
@@ -316,7 +316,7 @@ class Enrolment:
     # What people decided, and what time brings.
 
     def _run_chores(self) -> None:
-        now = self._now()
+        now = self._time()
         with self._store.read() as session:
             approved = approved_requests(session, now)
             replaced = replaced_certificates(session, now)
@@ -331,10 +331,20 @@ class Enrolment:
         changed = self._fleet_list.follow(certificates, now)
         self._claims_list.follow(claims, now)
         self.cut_offs.note(shut_out, now, list_changed=changed)
-        for claim, request in approved:
-            self._serve_asked(read_asked(claim, request))
         if self.connection.connected:
             self.cut_offs.run_due(now)
+        for claim, request in approved:
+            self._serve_asked(read_asked(claim, request))
+
+    def _time(self) -> datetime:
+        """The time; raises `AuthorityError` where it cannot be right, before anything is dated by it."""
+        now, made = self._now(), self._authorities.fleet.certificate.not_valid_before_utc
+        if now < made:
+            raise AuthorityError(
+                f"this machine's clock shows {now:%Y-%m-%d %H:%M}, but the authority was made on {made:%Y-%m-%d}: set the clock, "
+                "or let it be set over the network"
+            )
+        return now
 
 
 def read_asked(owner: str, csr: bytes) -> _Asked:

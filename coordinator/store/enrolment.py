@@ -36,9 +36,7 @@ def replaced_certificates(session: Session, now: datetime) -> Sequence[tuple[str
     return [(serial, device) for serial, device in session.execute(query.order_by(Certificate.issued_at))]
 
 
-def revoked_devices(session: Session, since: datetime | None = None) -> dict[str, datetime]:
-    """Devices that are shut out, and when they were; only those shut out after `since`, if given."""
+def revoked_devices(session: Session) -> dict[str, datetime]:
+    """Devices that are shut out, and when they were."""
     query = select(Identity.device, Identity.revoked_at).where(Identity.revoked_at.is_not(None))
-    if since is not None:
-        query = query.where(Identity.revoked_at > since)
     return {device: at for device, at in session.execute(query) if at is not None}

@@ -158,5 +158,7 @@ def certificate_of(answer):
 
 
 def listed(path):
-    """Serials on a revocation list, hexadecimal."""
+    """Serials on a revocation list, hexadecimal; None before there is one."""
+    if not path.exists():
+        return None
     return {f"{row.serial_number:x}" for row in x509.load_pem_x509_crl(path.read_bytes())}

@@ -15,6 +15,7 @@ from sqlalchemy import func, select
 
 from coordinator.authority import common_name_of, key_digest, new_key, public_key_of, serial_hex
 from coordinator.cut_off import cut_off
+from coordinator.revocation import RevocationList
 from coordinator.store.audit import audit_entries
 from coordinator.store.identities import (
     approve_device,
@@ -300,6 +301,37 @@ def test_a_store_that_is_away_stops_nothing_for_good(settings, store, authoritie
         database.rmdir()
         moved.rename(database)
         assert device.ask("issued")
+
+
+def test_nothing_is_signed_while_the_coordinators_own_clock_is_wrong(settings, store, authorities, asker, caplog):
+    claim = give_claim(store, "kitchen")
+    with running_enrolment(settings, store, authorities) as running:
+        wait_until((settings.broker_directory / "fleet-revoked.pem").exists, WAIT_SECONDS)
+        running.shift = timedelta(days=-20_000)
+        device = asker(claim)
+        device.send()
+        wait_until(lambda: any("set the clock" in record.getMessage() for record in caplog.records), WAIT_SECONDS)
+        assert device.answers == []
+        running.shift = timedelta()
+        assert device.ask("issued")
+
+
+def test_revocation_lists_are_left_alone_while_they_are_good(tmp_path, authorities, settings):
+    moment = now()
+    path = tmp_path / "list.pem"
+    one = RevocationList(path, authorities.fleet)
+    assert one.follow([("2a", moment)], moment)
+    assert not one.follow([("2a", moment)], moment + timedelta(days=20))
+    assert one.follow([("2a", moment)], moment + timedelta(days=40)), "well before the broker would let nobody in"
+    other = RevocationList(path, authorities.fleet)
+    assert not other.follow([("2a", moment)], moment + timedelta(days=40)), "what another run wrote counts"
+    assert one.follow([], moment + timedelta(days=41))
+    assert listed(path) == set()
+    for spoiled in (b"", b"rubbish", authorities.claims.revocation_list([], now=moment + timedelta(days=41), days=365)):
+        path.write_bytes(spoiled)
+        assert one.follow([], moment + timedelta(days=41)), "damaged, or another authority's"
+    path.unlink()
+    assert one.follow([], moment + timedelta(days=41))
 
 
 def test_over_tls_the_program_comes_in_as_the_device_to_throw_it_out(tmp_path, settings, authorities):
