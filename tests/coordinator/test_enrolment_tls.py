@@ -1,0 +1,140 @@
+"""Bring-up and revocation as an operator does them: the real commands, the broker as shipped, TLS everywhere."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+
+from coordinator.authority import key_pem, new_key, serial_hex
+from coordinator.settings import load_settings
+from coordinator.store.engine import open_store
+from coordinator.store.identities import mark_certificate_seen
+from side_tuning.broker_connection import BrokerConnection
+from side_tuning.broker_settings import BrokerSettings
+from side_tuning.bundle import read_bundle
+from side_tuning.wire import topics
+from tests.brokers import RunningBroker, free_port, mosquitto_program, needs_mosquitto
+from tests.coordinator.enrolling import Asker, certificate_of
+from tests.coordinator.fleet import now
+from tests.tls_broker import BROKER_CONFIG, write_configuration
+from tests.waiting import wait_until
+
+pytestmark = [pytest.mark.broker, pytest.mark.slow, needs_mosquitto]
+
+WAIT_SECONDS = 120.0
+
+
+def coordinator(config, *arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "coordinator.cli", *arguments, "--config", str(config)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def fleet(tmp_path):
+    """Initialised, the broker and the enrolment program running; the configuration file."""
+    port, claims_port = free_port(), free_port()
+    config = tmp_path / "coordinator.toml"
+    config.write_text(
+        f'data_directory = "{tmp_path / "data"}"\n[broker]\nhost = "127.0.0.1"\nport = {port}\nreconnect_max_seconds = 0.5\n'
+        f'[enrolment]\nclaims_port = {claims_port}\n[task]\nlabels = ["a", "b"]\n'
+    )
+    coordinator(config, "init")
+    settings = load_settings(config)
+    (tmp_path / "broker").mkdir()
+    broker_config = write_configuration(tmp_path / "broker", settings.broker_directory, port=port, claims_port=claims_port)
+    environment = {"BROKER_CONFIG": str(broker_config), "MOSQUITTO": mosquitto_program()}
+    command = ["env", *(f"{name}={value}" for name, value in environment.items()), "sh", str(BROKER_CONFIG / "start-broker")]
+    broker = RunningBroker(command, port, tmp_path / "broker.log")
+    broker.start()
+    log = tmp_path / "enrolment.log"
+    with log.open("wb") as file:
+        program = subprocess.Popen([sys.executable, "-m", "coordinator.cli", "enrolment", "--config", str(config)], stderr=file)
+    try:
+        wait_until(lambda: "listening to" in log.read_text(), WAIT_SECONDS, f"the enrolment program runs: {log}")
+        yield config
+    finally:
+        program.terminate()
+        program.wait(60)
+        broker.stop()
+
+
+class Client:
+    """A device (or a claim) at the broker with the files that it was given; `lost` has why its connection ended."""
+
+    def __init__(self, folder: Path, bundle, certificate: bytes, key: bytes, *, port, name="kitchen"):
+        folder.mkdir()
+        for file, content in (("ca.pem", bundle.authorities.encode()), ("client.pem", certificate), ("client.key", key)):
+            (folder / file).write_bytes(content)
+            os.chmod(folder / file, 0o600)
+        self.settings = BrokerSettings(
+            host="127.0.0.1", port=port, ca_file=folder / "ca.pem", certificate_file=folder / "client.pem", key_file=folder / "client.key",
+            reconnect_max_seconds=0.5,
+        )
+        self.lost, self.name = [], name
+
+    def connect(self, **more):
+        self.connection = BrokerConnection(self.settings, self.name, on_disconnected=self.lost.append, **more)
+        self.connection.start()
+        return self.connection
+
+
+def test_from_a_bundle_to_a_certificate_and_out_again(fleet, tmp_path):
+    settings = load_settings(fleet)
+    coordinator(fleet, "enrol", "kitchen", "--out", str(tmp_path / "bundle.json"))
+    bundle = read_bundle(tmp_path / "bundle.json")
+    claim = Client(tmp_path / "claim", bundle, bundle.claim_certificate.encode(), bundle.claim_key.encode(), port=bundle.claims_port)
+
+    asker = Asker(claim.settings, bundle.claim, "kitchen")
+    answer = asker.ask("issued")
+    assert asker.ask("issued").certificate == answer.certificate
+    asker.stop()
+    certificate = certificate_of(answer)
+    assert x509.load_pem_x509_certificate(answer.authorities).subject == certificate.issuer
+    device = Client(tmp_path / "device", bundle, answer.certificate, key_pem(asker.key), port=bundle.port)
+    connection = device.connect()
+    wait_until(lambda: connection.connected, WAIT_SECONDS, "the device comes in with its certificate")
+
+    # The gateway would note it from the first health message; from then on the bundle is worthless.
+    store = open_store(settings.database_url)
+    with store.write() as session:
+        mark_certificate_seen(session, "kitchen", serial_hex(certificate), at=now())
+    store.close()
+
+    def bundle_is_worthless():
+        again = BrokerConnection(claim.settings, bundle.claim)
+        again.start()
+        try:
+            wait_until(lambda: again.connected or again.failures, WAIT_SECONDS)
+            return not again.connected
+        finally:
+            again.stop()
+
+    wait_until(bundle_is_worthless, WAIT_SECONDS, "the claim is on the broker's revocation list")
+
+    renewing = Asker(device.settings, "kitchen", "kitchen", key=new_key())  # takes the device's place: one client a name
+    second = renewing.ask("issued")
+    assert second.certificate != answer.certificate
+    renewing.stop()
+    wait_until(lambda: connection.connected, WAIT_SECONDS)
+    device.lost.clear()
+
+    coordinator(fleet, "devices", "revoke", "kitchen", "--reason", "stolen")
+    wait_until(lambda: device.lost, WAIT_SECONDS, "it is thrown out")
+    wait_until(lambda: connection.failures > 3 and not connection.connected, WAIT_SECONDS, "and not let in again")
+    assert "revoked" in connection.last_error
+    newer = Client(tmp_path / "newer", bundle, second.certificate, key_pem(renewing.key), port=bundle.port)
+    other = newer.connect()
+    wait_until(lambda: other.failures > 1, WAIT_SECONDS, "its other certificate is revoked with it")
+    assert other.epoch == 0
+    for one in (connection, other):
+        one.stop()
+    audit = coordinator(fleet, "audit")
+    for words in ("claim issued", "certificate issued", "certificate renewed", "device revoked"):
+        assert words in audit
+    assert topics.CLAIM_PREFIX in audit
