@@ -37,11 +37,49 @@ def run(config: ConfigOption = None) -> None:
     with _told_plainly():
         settings = _settings(config)
         _configure_logging(settings.log_level, settings.log_format)
-        from edge_agent import agent
         from edge_agent.signals import stop_on_signals
 
-        code = agent.run(settings, stop_on_signals())
+        stop = stop_on_signals()
+        if settings.bundle_file is not None:
+            from edge_agent.enrol import enrol_before_start
+
+            if not enrol_before_start(settings, stop):
+                raise typer.Exit(exit_codes.OK)
+        from edge_agent import agent
+
+        code = agent.run(settings, stop)
     raise typer.Exit(code)
+
+
+@app.command()
+def enrol(
+    bundle: Annotated[Path | None, typer.Option("--bundle", "-b", help="From `coordinator enrol`; wiped once it is spent. Without it the settings' bundle_file.")] = None,
+    config: ConfigOption = None,
+    state: Annotated[Path | None, typer.Option("--state", help="Where the identity goes, instead of the settings' state_directory.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Give up after so many seconds. Without it: after 5 minutes without an answer, but an approval is waited for.")] = None,
+) -> None:
+    """Get this device's own certificate with a bundle. 0: enrolled (also if it was before), 75: try again later, 78: a new bundle is needed."""
+    with _told_plainly():
+        from edge_agent.settings import state_directory_of
+
+        folder, named = state_directory_of(config or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None))
+        bundle = bundle or named
+        if bundle is None:
+            raise typer.BadParameter("give --bundle FILE, or bundle_file in the settings")
+        logging.basicConfig(level=logging.CRITICAL)  # what goes wrong is told in one line at the end
+        from edge_agent import enrol as enrolment
+        from edge_agent.trusted_clock import TrustedClock
+
+        folder = state or folder
+        try:
+            clock = TrustedClock(folder)
+            done = enrolment.enrol(bundle, folder, clock=clock, timeout_seconds=timeout, say=lambda text: typer.echo(f"edge-agent: {text}"))
+        except enrolment.EnrolmentFailed as error:
+            typer.echo(f"edge-agent: not enrolled: {error}", err=True)
+            if clock.trouble:
+                typer.echo(f"edge-agent: {clock.trouble}", err=True)
+            raise typer.Exit(error.exit_code) from error
+        typer.echo(f"edge-agent: {done}")
 
 
 @app.command()
@@ -189,6 +227,7 @@ def _settings(config: Path | None) -> AgentSettings:
 @contextmanager
 def _told_plainly() -> Iterator[None]:
     """Errors that carry their cure end the program with one message instead of a traceback."""
+    from edge_agent.identity_file import IdentityError
     from edge_agent.settings import ConfigError
     from edge_agent.spool_file import SpoolError
     from side_tuning.backbone_manifest import BackboneError
@@ -197,7 +236,7 @@ def _told_plainly() -> Iterator[None]:
 
     try:
         yield
-    except (ConfigError, BackboneError, BrokerFilesError, SignatureError) as error:
+    except (ConfigError, IdentityError, BackboneError, BrokerFilesError, SignatureError) as error:
         typer.echo(f"edge-agent: {error}", err=True)
         raise typer.Exit(exit_codes.CONFIG_ERROR) from error
     except SpoolError as error:  # the next start may find room, or a new file

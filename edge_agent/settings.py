@@ -7,6 +7,7 @@ relative to the file. Secrets are never settings: they stand in files that the s
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 from typing_extensions import Self
 
+from edge_agent.identity_file import CERTIFICATE, IDENTITY, fill_in
 from side_tuning.broker_settings import BrokerSettings
 from side_tuning.wire.bounded import FrameError
 from side_tuning.wire.topics import check_device_name
@@ -138,6 +140,9 @@ class RunSettings(_Section):
     exit_when_done: bool = False  # end with 0 once every source is read and every frame is receipted
 
 
+DEFAULT_STATE = Path("/var/lib/mobillm-fleet")
+
+
 class AgentSettings(BaseSettings):
     """Everything that `edge-agent` can be told. Keyword arguments are the file's values; the environment goes before them."""
 
@@ -146,7 +151,9 @@ class AgentSettings(BaseSettings):
     )
 
     device: str
-    state_directory: Path = Path("/var/lib/mobillm-fleet")
+    state_directory: Path = DEFAULT_STATE
+    bundle_file: Path | None = None
+    """From `coordinator enrol`: the agent enrols itself with it on its first start. Names the device and the broker."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
     broker: BrokerSettings
@@ -157,6 +164,11 @@ class AgentSettings(BaseSettings):
     health: HealthSettings = HealthSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     run: RunSettings = RunSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _identity_fills_in(cls, values: Any) -> Any:
+        return fill_in(values, DEFAULT_STATE) if isinstance(values, dict) else values
 
     @field_validator("device")
     @classmethod
@@ -174,6 +186,11 @@ class AgentSettings(BaseSettings):
     def alive_file(self) -> Path:
         """Touched while every loop of the agent goes round (side_tuning/alive.py)."""
         return self.state_directory / "alive"
+
+    @property
+    def uses_identity(self) -> bool:
+        """Whether the device shows the certificate that it got by enrolment (and renews), not one named under [broker]."""
+        return self.broker.certificate_file == self.state_directory / IDENTITY / CERTIFICATE
 
     @classmethod
     def settings_customise_sources(
@@ -200,6 +217,13 @@ def load_settings(path: Path | None) -> AgentSettings:
         raise ConfigError(_in_words(error, path)) from error
     except SettingsError as error:
         raise ConfigError(f"an environment variable {ENVIRONMENT_PREFIX}* cannot be read: {error}; lists and tables are given as JSON") from error
+
+
+def state_directory_of(path: Path | None) -> tuple[Path, Path | None]:
+    """`state_directory` and `bundle_file` alone, from a file that may not be usable yet otherwise. Raises `ConfigError`."""
+    values = _read_toml(path) if path else {}
+    found = {name: os.environ.get(f"{ENVIRONMENT_PREFIX}{name.upper()}") or values.get(name) for name in ("state_directory", "bundle_file")}
+    return Path(found["state_directory"] or DEFAULT_STATE), Path(found["bundle_file"]) if found["bundle_file"] else None
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -245,6 +269,8 @@ def _location(loc: tuple[int | str, ...]) -> list[int | str]:
 
 def _one_in_words(location: list[int | str], entry: dict[str, Any]) -> str:
     name = ".".join(str(part) for part in location) or "settings"
+    if entry["type"] == "missing" and location in (["device"], ["broker"]):
+        return f'{name}: missing; set bundle_file = "…" (from `coordinator enrol`), or add device and a [broker] table'
     if entry["type"] == "missing":
         table, setting = ".".join(str(part) for part in location[:-1]), location[-1]
         return f"{name}: missing; add `{setting} = …`" + (f" under [{table}]" if table else f", or set {ENVIRONMENT_PREFIX}{str(setting).upper()}")

@@ -1,0 +1,335 @@
+"""MAIN FLOW of enrolment on the device: bundle -> key made here -> request with the claim's certificate -> certificate.
+
+Read `enrol`. Rules: the key never leaves this device; nothing in an answer is believed before it was checked against what
+the bundle says; the identity is on the disk before the bundle's secret is wiped, so that a crash at any point costs nothing
+but the next try. Neither torch nor the samples' code is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import random
+import stat
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from edge_agent import exit_codes
+from edge_agent.identity import (
+    IdentityStore,
+    certificate_request,
+    check_authorities,
+    check_certificate,
+    key_digest,
+)
+from edge_agent.identity_file import IdentityError, IdentityFacts
+from edge_agent.sd_notify import notify
+from edge_agent.settings import AgentSettings
+from edge_agent.spool_file import sync_folder
+from edge_agent.trusted_clock import TrustedClock
+from side_tuning.broker_connection import BrokerConnection, Message, PublishHandle
+from side_tuning.broker_settings import BrokerSettings
+from side_tuning.bundle import Bundle, BundleError, read_bundle
+from side_tuning.wire import topics
+from side_tuning.wire.bounded import FrameError
+from side_tuning.wire.certificates import CertificateAnswer, CertificateRequest
+
+logger = logging.getLogger(__name__)
+
+REPEAT_SECONDS = 5.0
+REPEAT_WAITING_SECONDS = 30.0  # once a person must approve
+LOOK_SECONDS = 0.1
+ANSWER_SECONDS = 300.0
+RETRY_MIN_SECONDS = 10.0
+RETRY_MAX_SECONDS = 600.0
+
+
+class EnrolmentFailed(Exception):  # noqa: N818 - reads as what happened
+    """No certificate; the text says why and the cure, `exit_code` whether trying again can help."""
+
+    def __init__(self, text: str, exit_code: int) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
+class Stopped(Exception):  # noqa: N818
+    """Somebody wants the program to end."""
+
+
+def enrol(
+    bundle_file: Path,
+    state_directory: Path,
+    *,
+    clock: TrustedClock,
+    timeout_seconds: float | None = None,
+    say: Callable[[str], None] = logger.info,
+    stop: threading.Event | None = None,
+) -> str:
+    """Turn a bundle into this device's identity; returns what was done, in words. Does nothing if that is done already.
+
+    Args:
+        bundle_file: from `coordinator enrol`; its secret is wiped at the end.
+        state_directory: where the identity goes.
+        clock: for devices whose own is wrong.
+        timeout_seconds: give up after this time; None: after five minutes without any answer, but wait for an approval.
+        say: is told what takes time.
+        stop: ends the waiting.
+
+    Raises:
+        EnrolmentFailed: with the cure.
+        IdentityError: the state directory cannot be used.
+        Stopped: `stop` was set.
+
+    """
+    store = IdentityStore(state_directory)
+    with store.held():
+        try:
+            bundle = read_bundle(bundle_file)
+        except BundleError as error:
+            identity = store.load()
+            if identity is not None and not bundle_file.exists():
+                return f"already enrolled as {identity.facts.device!r}; {bundle_file} is gone, as it should be"
+            raise EnrolmentFailed(str(error), exit_codes.CONFIG_ERROR) from error
+        if _is_done(store, bundle, bundle_file):
+            return f"already enrolled as {bundle.device!r}{_wiped(bundle_file)}"
+
+        clock.told(bundle.issued_at, no_later_than=bundle.expires_at)
+        key = store.next_key(bundle.claim)
+        answer = _ask(bundle, key, clock, timeout_seconds=timeout_seconds, say=say, stop=stop or threading.Event())
+        certificate = check_certificate(answer.certificate, key, bundle.device, bundle.authorities.encode())
+        authorities = check_authorities(answer.authorities) if answer.authorities else bundle.authorities.encode()
+        ends = certificate.not_valid_after_utc
+        clock.told(answer.at, no_later_than=ends.timestamp())
+        store.install(IdentityFacts.of(bundle), answer.certificate, authorities, bundle.checkpoint_public_key)
+        return f"enrolled as {bundle.device!r}; the certificate is good until {ends:%Y-%m-%d} and renews itself{_wiped(bundle_file)}"
+
+
+def enrol_before_start(settings: AgentSettings, stop: threading.Event) -> bool:
+    """`edge-agent run` with a bundle: enrol first, however long it takes. False: stopped meanwhile.
+
+    Where trying again cannot help, a new bundle can be put in the old one's place while this waits.
+    """
+    if settings.bundle_file is None or not settings.uses_identity or not (
+        settings.bundle_file.exists() or IdentityStore(settings.state_directory).load() is None
+    ):
+        return True
+    pause = RETRY_MIN_SECONDS
+    while not stop.is_set():
+        clock = TrustedClock(settings.state_directory)
+        try:
+            logger.info("%s", enrol(settings.bundle_file, settings.state_directory, clock=clock, stop=stop))
+        except Stopped:
+            break
+        except (EnrolmentFailed, IdentityError) as error:
+            logger.error("not enrolled: %s; next try in %.0f s", error, pause)
+        else:
+            return True
+        deadline = time.monotonic() + pause
+        while time.monotonic() < deadline and not stop.wait(1.0):
+            _still_starting()
+        pause = min(pause * 2, RETRY_MAX_SECONDS) * random.uniform(0.8, 1.0)  # noqa: S311 - a whole fleet may be waiting
+    return False
+
+
+def _is_done(store: IdentityStore, bundle: Bundle, bundle_file: Path) -> bool:
+    """Whether this very claim has become the identity; another claim for the same device is meant to replace it."""
+    try:
+        identity = store.load()
+    except IdentityError as error:
+        logger.warning("%s; enrolling anew", error)
+        return False
+    if identity is None:
+        return False
+    if identity.facts.device != bundle.device:
+        raise EnrolmentFailed(
+            f"{store.state} belongs to {identity.facts.device!r}, but {bundle_file} is for {bundle.device!r}; give the right bundle, "
+            "or another state directory",
+            exit_codes.CONFIG_ERROR,
+        )
+    return identity.facts.claim == bundle.claim
+
+
+# The question and its answer.
+
+
+def _ask(
+    bundle: Bundle,
+    key: ec.EllipticCurvePrivateKey,
+    clock: TrustedClock,
+    *,
+    timeout_seconds: float | None,
+    say: Callable[[str], None],
+    stop: threading.Event,
+) -> CertificateAnswer:
+    """Ask again and again until the answer to this key is there."""
+    arrived: queue.Queue[bytes] = queue.Queue(maxsize=32)
+
+    def on_message(message: Message) -> None:
+        with suppress(queue.Full):
+            arrived.put_nowait(message.payload)
+
+    request = certificate_request(key, bundle.device)
+    deadline: float | None = time.monotonic() + (ANSWER_SECONDS if timeout_seconds is None else timeout_seconds)
+    waiting, repeat, ask_at = False, REPEAT_SECONDS, 0.0
+    asked: PublishHandle | None = None
+    with _claim_settings(bundle) as settings:
+        connection = BrokerConnection(
+            settings, bundle.claim, subscriptions=[topics.certificate_answer(bundle.claim)], on_message=on_message,
+            trusted_time=clock.instead_of_system,
+        )
+        connection.start()
+        try:
+            while True:
+                if stop.is_set():
+                    raise Stopped
+                _still_starting()
+                now = time.monotonic()
+                if connection.connected and now >= ask_at:
+                    asked = connection.publish(topics.certificate_request(bundle.claim), CertificateRequest(request, max(0.0, time.time())).to_bytes())
+                    ask_at = now + repeat * random.uniform(0.8, 1.2)  # noqa: S311 - a whole fleet may ask at once
+                answer = _next_answer(arrived, key)
+                if answer is not None and answer.status == "issued":
+                    try:
+                        check_certificate(answer.certificate, key, bundle.device, bundle.authorities.encode())
+                        check_authorities(answer.authorities or bundle.authorities.encode())
+                    except IdentityError as error:
+                        logger.error("an answer was not accepted: %s", error)
+                    else:
+                        return answer
+                elif answer is not None and answer.status == "refused":
+                    raise EnrolmentFailed(_refusal(answer, bundle), exit_codes.CONFIG_ERROR)
+                elif answer is not None and not waiting:
+                    waiting, repeat = True, REPEAT_WAITING_SECONDS
+                    deadline = None if timeout_seconds is None else deadline
+                    say(f"the coordinator has the request of {bundle.device!r}; it waits for approval (`coordinator devices approve {bundle.device}`)")
+                _give_up_if_hopeless(connection, bundle)
+                if deadline is not None and now > deadline:
+                    raise EnrolmentFailed(_silence(connection, asked, bundle, waiting=waiting), exit_codes.TRY_AGAIN)
+        finally:
+            connection.stop()
+
+
+def _next_answer(arrived: queue.Queue[bytes], key: ec.EllipticCurvePrivateKey) -> CertificateAnswer | None:
+    try:
+        answer = CertificateAnswer.from_bytes(arrived.get(timeout=LOOK_SECONDS))
+    except queue.Empty:
+        return None
+    except FrameError as error:
+        logger.error("an answer was not understood: %s", error)
+        return None
+    if answer.key_digest != key_digest(key.public_key()) and (answer.key_digest or answer.status != "refused"):
+        logger.warning("an answer to another key was ignored: is this bundle in use on a second device?")
+        return None
+    return answer
+
+
+def _refusal(answer: CertificateAnswer, bundle: Bundle) -> str:
+    cures = {
+        "unknown-claim": "the coordinator does not know this claim: is the bundle from this fleet?",
+        "claim-spent": "this bundle was already used, by another key than this device's",
+        "claim-expired": "the claim has expired",
+        "claim-withdrawn": "the claim was withdrawn",
+        "wrong-name": "the claim is for another device",
+        "revoked": f"{bundle.device!r} was revoked",
+    }
+    said = cures.get(answer.reason, f"the coordinator refused ({answer.reason or 'no reason given'})")
+    return f"{said}{f' ({answer.text})' if answer.text else ''}; make a new bundle with `coordinator enrol {bundle.device}`"
+
+
+def _give_up_if_hopeless(connection: BrokerConnection, bundle: Bundle) -> None:
+    """What the broker says of the claim's certificate will not change by asking again, nor will its own."""
+    anew = f"make a new bundle with `coordinator enrol {bundle.device}`"
+    words = {
+        "own-expired": f"the claim in the bundle has expired; {anew}",
+        "own-revoked": f"the claim in the bundle was already used, or withdrawn; {anew}",
+        "own-unknown": f"the broker at {connection.address} does not know the authority of this claim, so the bundle is not from its fleet; {anew} there",
+        "broker-untrusted": f"{connection.last_error.split(';')[0]}: it is not the broker that the bundle was made for, or its authority was replaced; "
+        f"check that {bundle.host} is right, else {anew}",
+    }.get(connection.failure_kind)
+    if words is not None and connection.failures:
+        raise EnrolmentFailed(words, exit_codes.CONFIG_ERROR)
+
+
+def _silence(connection: BrokerConnection, asked: PublishHandle | None, bundle: Bundle, *, waiting: bool) -> str:
+    if waiting:
+        return f"still waiting for approval; `coordinator devices approve {bundle.device}`, then run this again"
+    if connection.last_error:
+        return f"{connection.last_error}. Run this again; the bundle is still good until it expires"
+    if asked is not None and asked.failed:
+        return f"the request could not be sent: {asked.rc}"
+    if connection.connected:
+        return f"the broker at {connection.address} took the request, but nobody answered; is `coordinator enrolment` running?"
+    return f"the broker at {connection.address} does not answer; check the network"
+
+
+def _still_starting() -> None:
+    notify("EXTEND_TIMEOUT_USEC=120000000\nSTATUS=enrolling")
+
+
+# The claim's secret.
+
+
+@contextmanager
+def _claim_settings(bundle: Bundle) -> Iterator[BrokerSettings]:
+    """How to reach the claims' port. TLS wants files: in memory where the system has such, else in a private folder."""
+    contents = {"ca_file": bundle.authorities, "certificate_file": bundle.claim_certificate, "key_file": bundle.claim_key}
+    with ExitStack() as cleanup:
+        files: dict[str, Path] = {}
+        if hasattr(os, "memfd_create") and Path("/proc/self/fd").is_dir():
+            for name, content in contents.items():
+                descriptor = os.memfd_create(name)
+                cleanup.callback(os.close, descriptor)
+                os.write(descriptor, content.encode())
+                files[name] = Path(f"/proc/self/fd/{descriptor}")
+        else:
+            folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))  # mode 0700
+            for name, content in contents.items():
+                files[name] = folder / name
+                files[name].write_text(content, encoding="ascii")
+                cleanup.callback(wipe, files[name])
+        yield BrokerSettings(host=bundle.host, port=bundle.claims_port, **files)  # type: ignore[arg-type]
+
+
+def wipe(path: Path) -> str:
+    """Overwrite and delete a file with a secret; returns why it is still there, or nothing.
+
+    On flash memory the old blocks may survive below the file system; the claim inside is spent by then.
+    """
+    path = path.resolve()
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return ""  # came through a pipe
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        return error.strerror or str(error)
+    gone = why = ""
+    try:
+        with path.open("r+b") as file:
+            file.write(b"\0" * path.stat().st_size)
+            file.flush()
+            os.fsync(file.fileno())
+            file.truncate(0)
+        gone = "overwritten"
+    except OSError as error:
+        why = error.strerror or str(error)
+    try:
+        path.unlink()
+        sync_folder(path.parent)
+        gone = "deleted"
+    except OSError as error:
+        why = error.strerror or str(error)
+    return "" if gone else why
+
+
+def _wiped(bundle_file: Path) -> str:
+    """The end of the last message: what became of the bundle."""
+    why = wipe(bundle_file)
+    return f". The bundle {bundle_file} could not be wiped ({why}): delete it, it holds a spent key" if why else "; the bundle was wiped"
