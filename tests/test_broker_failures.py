@@ -7,20 +7,23 @@ import shutil
 import socket
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
+from coordinator.authority import Authority, certificate_pem, make_authority, new_key
 from side_tuning.broker_connection import BrokerConnection
 from side_tuning.broker_settings import BrokerSettings
 from tests.brokers import mosquitto, needs_mosquitto
-from tests.tls_broker import DAY, HOST, Authority, Issued, TlsBroker, tls_broker, utc_now, write_broker_files
+from tests.tls_broker import HOST, Issued, TlsBroker, save, tls_broker, utc_now, write_broker_files
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.broker, needs_mosquitto]
+
+DAY = dt.timedelta(days=1)
 
 
 @pytest.fixture(scope="module")
@@ -61,15 +64,30 @@ OWN_CERTIFICATES = {
 }
 
 
+def foreign_authority() -> Authority:
+    """Another fleet's, with the same name."""
+    return make_authority("fleet authority of a test", now=utc_now(), days=100)
+
+
+def issue(authority: Authority, folder: Path, *, starting: dt.datetime | None = None, days: float = 10, names: Sequence[str] = ()) -> Issued:
+    """A certificate for a server with these names or else for the client "kitchen", valid from an hour before `starting`."""
+    key = new_key()
+    usage: Literal["client", "server"] = "server" if names else "client"
+    certificate = authority.issue(
+        key.public_key(), "broker" if names else "kitchen", now=starting or utc_now(), days=days, usage=usage, names=names
+    )
+    return save(certificate, key, folder, f"{certificate.serial_number:x}")
+
+
 def own_certificate(broker: TlsBroker, case: str) -> Issued | None:
-    fleet = broker.authorities["fleet"]
+    fleet, folder = broker.authorities["fleet"], broker.folder / "clients"
     match case:
         case "expired":
-            return fleet.issue("kitchen", "expired", not_after=utc_now() - dt.timedelta(minutes=30))
+            return issue(fleet, folder, starting=utc_now() - 2 * DAY, days=1)
         case "not yet valid":
-            return fleet.issue("kitchen", "early", not_before=utc_now() + DAY)
+            return issue(fleet, folder, starting=utc_now() + DAY)
         case "foreign":
-            return Authority(broker.folder / "foreign", "fleet-authority").issue("kitchen", "foreign")
+            return issue(foreign_authority(), folder)
         case "a claim's":
             return broker.issue("claim-0123456789abcdef", claims=True)
         case "revoked":
@@ -98,29 +116,29 @@ BROKER_CERTIFICATES = {
 
 
 @contextmanager
-def broker_that_shows(folder: Path, signer: Authority | None = None, **certificate) -> Iterator[BrokerSettings]:
+def broker_that_shows(folder: Path, signer: Authority | None = None, **certificate: Any) -> Iterator[BrokerSettings]:
     """A broker with this certificate of its own; settings of a device that trusts the fleet's authority."""
     fleet = write_broker_files(folder)["fleet"]
-    shown = (signer or fleet).issue("broker", "shown", usage="server", **certificate)
+    shown = issue(signer or fleet, folder / "shown", **{"names": [HOST], **certificate})
     shutil.copy(shown.certificate_file, folder / "broker" / "broker.pem")
     shutil.copy(shown.key_file, folder / "broker" / "broker.key")
     with tls_broker(folder, broker_directory=folder / "broker") as running:
-        yield running.settings(fleet.issue("kitchen", "kitchen"))
+        yield running.settings(issue(fleet, folder / "clients"))
 
 
-def broker_certificate(folder: Path, case: str) -> dict[str, Any]:
+def broker_certificate(case: str) -> dict[str, Any]:
     return {
-        "expired": {"addresses": [HOST], "not_after": utc_now() - dt.timedelta(minutes=30)},
-        "not yet valid": {"addresses": [HOST], "not_before": utc_now() + DAY},
-        "another name": {"addresses": ["10.1.2.3"]},
-        "foreign": {"addresses": [HOST], "signer": Authority(folder / "foreign", "fleet-authority")},
+        "expired": {"starting": utc_now() - 2 * DAY, "days": 1},
+        "not yet valid": {"starting": utc_now() + DAY},
+        "another name": {"names": ["broker.example", "10.1.2.3"]},
+        "foreign": {"signer": foreign_authority()},
     }[case]
 
 
 @pytest.mark.parametrize("case", BROKER_CERTIFICATES)
 def test_a_wrong_certificate_of_the_broker_is_told_by_its_cause(tmp_path: Path, case: str):
     kind, words = BROKER_CERTIFICATES[case]
-    with broker_that_shows(tmp_path, **broker_certificate(tmp_path, case)) as settings:
+    with broker_that_shows(tmp_path, **broker_certificate(case)) as settings:
         told_kind, told = failure(settings)
     assert (told_kind, words in told) == (kind, True), told
 
@@ -128,8 +146,9 @@ def test_a_wrong_certificate_of_the_broker_is_told_by_its_cause(tmp_path: Path, 
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
 def test_a_broker_that_speaks_only_old_tls_is_told(tmp_path):
     """mosquitto cannot be made to speak TLS 1.1 with today's OpenSSL alone; a small server can refuse everything newer."""
-    authority = Authority(tmp_path, "authority")
-    issued = authority.issue("broker", "broker", usage="server", addresses=[HOST])
+    authority = foreign_authority()
+    issued = issue(authority, tmp_path, names=[HOST])
+    (tmp_path / "authority.pem").write_bytes(certificate_pem(authority.certificate))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.set_ciphers("ALL:@SECLEVEL=0")
     context.minimum_version = ssl.TLSVersion.TLSv1
@@ -151,7 +170,7 @@ def test_a_broker_that_speaks_only_old_tls_is_told(tmp_path):
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
-        kind, told = failure(BrokerSettings(host=HOST, port=server.getsockname()[1], ca_file=authority.certificate_file))
+        kind, told = failure(BrokerSettings(host=HOST, port=server.getsockname()[1], ca_file=tmp_path / "authority.pem"))
         server.shutdown(socket.SHUT_RDWR)
     assert (kind, "at least TLS 1.2" in told) == ("tls", True), told
 
@@ -187,7 +206,7 @@ def test_a_refused_publish_says_that_the_rules_forbid_it(broker: TlsBroker):
 def test_with_a_trusted_time_dates_are_checked_against_it_alone(tmp_path: Path):
     """To a device in 1970 every certificate begins in the future, as this one does to this machine."""
     begins, ends = utc_now() + 20 * DAY, utc_now() + 25 * DAY
-    with broker_that_shows(tmp_path, addresses=[HOST], not_before=begins, not_after=ends) as settings:
+    with broker_that_shows(tmp_path, starting=begins, days=5) as settings:
         assert failure(settings)[0] == "broker-dates"
         assert connects(settings, trusted_time=(begins + DAY).timestamp())
         assert connects(settings, trusted_time=utc_now().timestamp())  # begins later than what has certainly passed
@@ -197,7 +216,7 @@ def test_with_a_trusted_time_dates_are_checked_against_it_alone(tmp_path: Path):
 
 @pytest.mark.parametrize("case", ["another name", "foreign"])
 def test_a_trusted_time_loosens_neither_chain_nor_name(tmp_path: Path, case: str):
-    with broker_that_shows(tmp_path, **broker_certificate(tmp_path, case)) as settings:
+    with broker_that_shows(tmp_path, **broker_certificate(case)) as settings:
         assert failure(settings, trusted_time=0.0)[0] == "broker-untrusted"
 
 

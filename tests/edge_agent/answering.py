@@ -9,8 +9,7 @@ from pathlib import Path
 from cryptography import x509
 from typing_extensions import Self
 
-from coordinator.authority import Authority as Signer
-from coordinator.authority import certificate_pem, key_digest, public_key_of
+from coordinator.authority import Authority, certificate_pem, key_digest, public_key_of
 from side_tuning.broker_connection import BrokerConnection, Message
 from side_tuning.bundle import Bundle
 from side_tuning.wire import topics
@@ -19,11 +18,6 @@ from tests.tls_broker import HOST, TlsBroker, utc_now
 from tests.waiting import wait_until
 
 CLAIM = "claim-0123456789abcdef"
-
-
-def signer(broker: TlsBroker, kind: str = "fleet") -> Signer:
-    authority = broker.authorities[kind]
-    return Signer(x509.load_pem_x509_certificate(authority.certificate_file.read_bytes()), authority.key)
 
 
 def make_bundle(broker: TlsBroker, folder: Path, device: str = "kitchen", claim: str = CLAIM, **changes) -> Path:
@@ -50,7 +44,7 @@ class Answering:
     def __init__(self, broker: TlsBroker, answer: Answer | None = None, *, days: float = 30.0) -> None:
         self.broker, self.days = broker, days
         self.answer: Answer = answer or Answering.issue
-        self.signer = signer(broker)
+        self.authority = broker.authorities["fleet"]
         self.requests: list[tuple[str, bytes]] = []  # (who asked, the request)
         self.issued: list[x509.Certificate] = []
         self.connection = BrokerConnection(
@@ -73,15 +67,15 @@ class Answering:
         if answer is not None:
             self.connection.publish(topics.certificate_answer(asker), answer.to_bytes())
 
-    def issue(self, request: x509.CertificateSigningRequest, name: str = "", by: Signer | None = None, at: float | None = None) -> CertificateAnswer:
+    def issue(self, request: x509.CertificateSigningRequest, name: str = "", by: Authority | None = None, at: float | None = None) -> CertificateAnswer:
         """What an honest program says, but for what is given."""
         key = public_key_of(request)
         device = name or str(request.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)[0].value)
-        certificate = (by or self.signer).issue(key, device, now=utc_now(), days=self.days, usage="client")
+        certificate = (by or self.authority).issue(key, device, now=utc_now(), days=self.days, usage="client")
         self.issued.append(certificate)
         return CertificateAnswer(
             "issued", key_digest(key), time.time() if at is None else at,
-            certificate=certificate_pem(certificate), authorities=certificate_pem(self.signer.certificate),
+            certificate=certificate_pem(certificate), authorities=certificate_pem(self.authority.certificate),
         )
 
 

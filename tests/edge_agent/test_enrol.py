@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from edge_agent.trusted_clock import TrustedClock
 from side_tuning.wire.certificates import CertificateAnswer
 from tests.brokers import free_port, needs_mosquitto
 from tests.edge_agent.answering import CLAIM, Answering, make_bundle, private_keys_in, say
-from tests.tls_broker import DAY, TlsBroker, tls_broker, utc_now
+from tests.tls_broker import TlsBroker, odd_certificate, tls_broker, utc_now
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.broker, needs_mosquitto]
@@ -167,7 +168,7 @@ def test_an_approval_is_waited_for_and_told_once(broker: TlsBroker, ask):
 
 def test_wrong_answers_are_ignored_with_a_word(broker: TlsBroker, ask, caplog):
     """Another key's, another name's, a foreign authority's, nonsense; then the right one."""
-    foreign = make_authority("fleet-authority", now=utc_now(), days=3)
+    foreign = make_authority("fleet authority of a test", now=utc_now(), days=3)
     wrong = [
         lambda a, r: CertificateAnswer("issued", "0" * 64, time.time(), certificate=a.issue(r).certificate),
         lambda a, r: a.issue(r, name="garage"),
@@ -199,7 +200,7 @@ def test_a_refusal_is_told_with_its_cure_and_the_bundle_stays(tmp_path: Path, br
 
 
 def test_a_claim_that_expired_or_was_spent_is_told(tmp_path: Path, broker: TlsBroker, ask):
-    expired = broker.authorities["claims"].issue(CLAIM, "expired", not_after=utc_now() - DAY / 48)
+    expired = odd_certificate(broker.authorities["claims"], tmp_path, "expired", name=CLAIM, not_after=utc_now() - timedelta(minutes=1))
     failed = failure(ask, claim_certificate=expired.certificate_file.read_text(), claim_key=expired.key_file.read_text())
     assert (failed.exit_code, "claim in the bundle has expired" in str(failed)) == (78, True), failed
     spent = "claim-00000000000000cc"
@@ -212,7 +213,7 @@ def test_a_claim_that_expired_or_was_spent_is_told(tmp_path: Path, broker: TlsBr
 
 def test_the_wrong_broker_and_the_wrong_fleet_are_told(tmp_path: Path, broker: TlsBroker, ask):
     with tls_broker(tmp_path / "other") as other:
-        stranger = failure(ask, authorities=other.authorities["fleet"].certificate_file.read_text())
+        stranger = failure(ask, authorities=(other.broker_directory / "fleet-authority.pem").read_text())
         assert (stranger.exit_code, "not the broker that the bundle was made for" in str(stranger)) == (78, True), stranger
         foreign = other.issue(CLAIM, claims=True)
         fleet = failure(ask, claim_certificate=foreign.certificate_file.read_text(), claim_key=foreign.key_file.read_text())
