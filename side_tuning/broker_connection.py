@@ -14,6 +14,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -188,7 +189,8 @@ class BrokerConnection:
         with self._lock:
             client = self._client
         if client is not None:
-            client.disconnect()
+            with suppress(OSError):  # it has just ended by itself
+                client.disconnect()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout_seconds + CONNECT_TIMEOUT_SECONDS)
 
@@ -234,7 +236,11 @@ class BrokerConnection:
             return handle
         properties = properties if self.protocol == "5" else None
         self._check_size(topic, payload, properties)
-        info = client.publish(topic, payload, qos, retain, _user_properties(properties))
+        try:
+            info = client.publish(topic, payload, qos, retain, _user_properties(properties))
+        except OSError:  # the connection ends at this moment, and its wake-up socket with it
+            handle.finish("connection lost")
+            return handle
         if info.rc not in (MQTTErrorCode.MQTT_ERR_SUCCESS, MQTTErrorCode.MQTT_ERR_AGAIN):
             handle.finish("not connected" if info.rc == MQTTErrorCode.MQTT_ERR_NO_CONN else paho.error_string(info.rc))
             return handle
@@ -257,7 +263,8 @@ class BrokerConnection:
             self._filters[topic] = None
             client = self._client
         if client is not None:
-            self._declare(client, [topic])
+            with suppress(OSError):  # it has just ended; the next one declares every filter
+                self._declare(client, [topic])
 
     def unsubscribe(self, topic: str) -> None:
         with self._lock:
@@ -265,7 +272,8 @@ class BrokerConnection:
             client = self._client
         self.refused_subscriptions.pop(topic, None)
         if client is not None:
-            client.unsubscribe(topic)
+            with suppress(OSError):
+                client.unsubscribe(topic)
 
     def acknowledge(self, message: Message) -> bool:
         """Tell the broker that `message` is safe; False if its connection is over (the broker sends it again)."""
@@ -274,7 +282,10 @@ class BrokerConnection:
         if client is None:
             return False
         # A connection that ends right here takes its own client along: the packet goes to a closed socket.
-        return client.ack(message.mid, message.qos) == MQTTErrorCode.MQTT_ERR_SUCCESS
+        try:
+            return client.ack(message.mid, message.qos) == MQTTErrorCode.MQTT_ERR_SUCCESS
+        except OSError:
+            return False
 
     # The network thread.
 
