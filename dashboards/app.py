@@ -7,9 +7,8 @@ page's stream. Looking needs no login; whatever changes something does (dashboar
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import datetime
 from pathlib import Path
@@ -23,7 +22,9 @@ from starlette.exceptions import HTTPException
 
 from coordinator.settings import CoordinatorSettings
 from coordinator.store.errors import StoreError
-from dashboards import fleet_page
+from dashboards import actions, device_page, fleet_page, lists_page, login, training_page
+from dashboards.doorkeeper import Doorkeeper
+from dashboards.guard import guard_for
 from dashboards.live import Live, StoreAccess, utc_now
 from dashboards.metrics import FleetCollector, metrics_router
 from dashboards.shown import FILTERS
@@ -32,19 +33,6 @@ from dashboards.view import View, view_of
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
-
-SECURITY_HEADERS = {
-    # No script and no style but our own files: what a device says of itself can never run.
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-        "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
-    ),
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "same-origin",
-    "Cross-Origin-Opener-Policy": "same-origin",
-}
 
 
 def make_app(settings: CoordinatorSettings, *, now: Callable[[], datetime] = utc_now) -> FastAPI:
@@ -62,14 +50,17 @@ def make_app(settings: CoordinatorSettings, *, now: Callable[[], datetime] = utc
 
     app = FastAPI(title="mobillm-fleet", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.state.settings, app.state.live, app.state.access, app.state.now = settings, live, access, now
-    app.state.view = View(make_templates(), live, settings, now)
+    app.state.view = View(make_templates(), access, live, settings, now)
     app.mount("/static", StaticFiles(directory=FOLDER / "static"), name="static")
-    app.include_router(fleet_page.router)
+    app.state.doorkeeper = Doorkeeper(dashboard.password_file, dashboard.session_hours)
+    app.state.actions = actions.Actions(settings)
+    for part in (fleet_page, device_page, training_page, lists_page, login, actions):
+        app.include_router(part.router)
     app.include_router(metrics_router(FleetCollector(live.snapshot, access.reader, settings)))
     app.add_api_route("/healthz", healthz, methods=["GET"], include_in_schema=False)
     app.add_exception_handler(StoreError, _store_away)
     app.add_exception_handler(HTTPException, _refused)
-    app.middleware("http")(_guard(settings))
+    app.middleware("http")(guard_for(settings))
     return app
 
 
@@ -95,43 +86,6 @@ def healthz(request: Request) -> JSONResponse:
     except StoreError as error:
         return JSONResponse({"status": "waiting", "reason": str(error)}, status_code=503)
     return JSONResponse({"status": "ok"})
-
-
-def _guard(settings: CoordinatorSettings) -> Callable[[Request, Callable[[Request], Awaitable[Response]]], Awaitable[Response]]:
-    """Answers only to its own names, and sends the security headers with every answer."""
-    names = frozenset(name.lower() for name in settings.dashboard.allowed_hosts)
-    if names or is_loopback(settings.dashboard.host):
-        names |= LOOPBACK_NAMES
-
-    async def guard(request: Request, proceed: Callable[[Request], Awaitable[Response]]) -> Response:
-        host = request.headers.get("host", "").lower()
-        name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-        if names and name not in names:
-            # Another site's name that points here (DNS rebinding) would let that site read the fleet.
-            response: Response = Response(
-                "this dashboard does not answer to that name; add it to dashboard.allowed_hosts", status_code=421, media_type="text/plain"
-            )
-        else:
-            response = await proceed(request)
-        for header, value in SECURITY_HEADERS.items():
-            response.headers.setdefault(header, value)
-        if request.url.path.startswith("/static/"):
-            response.headers["Cache-Control"] = "public, max-age=31536000, immutable"
-        else:
-            response.headers.setdefault("Cache-Control", "no-store")
-        return response
-
-    return guard
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server that listens at `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 async def _store_away(request: Request, error: Exception) -> Response:

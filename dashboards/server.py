@@ -9,7 +9,8 @@ from types import FrameType
 import uvicorn
 
 from coordinator.settings import ConfigError, CoordinatorSettings
-from dashboards.app import is_loopback, make_app
+from dashboards.app import make_app
+from dashboards.guard import is_loopback
 from dashboards.live import Live
 
 logger = logging.getLogger(__name__)

@@ -10,17 +10,9 @@ from datetime import datetime
 
 from coordinator.store.engine import Store
 from coordinator.store.fleet import DeviceOverview, FleetTotals, KnownHealth, device_overview, fleet_totals
+from coordinator.store.programs import ProgramState, program_states
 from coordinator.store.training import StoredCheckpoint, checkpoints
-from coordinator.store.views import (
-    DeviceAccess,
-    Measured,
-    Program,
-    accuracy_series,
-    device_access,
-    log_bytes,
-    newest_run,
-    programs,
-)
+from coordinator.store.views import DeviceAccess, Measured, accuracy_series, device_access, newest_run
 
 STATES = ("lost", "late", "quiet", "offline", "on-time")
 PLOT_POINTS = 300
@@ -34,17 +26,20 @@ class FleetSnapshot:
     devices: tuple[DeviceOverview, ...]  # by name
     totals: FleetTotals
     access: Mapping[str, DeviceAccess]  # by device, also of those that were never heard of
-    programs: tuple[Program, ...]
+    programs: Mapping[str, ProgramState]  # by name
     run: str | None  # the newest training run
     accuracy: tuple[Measured, ...]  # of that run over the whole fleet, oldest first
     checkpoints: tuple[StoredCheckpoint, ...]  # newest first
-    log_bytes: int | None  # of SQLite's write-ahead log; None on PostgreSQL
     read_seconds: float  # how long reading took
 
     def states(self) -> dict[str, int]:
         """How many devices are in each state, every state named."""
         counted = Counter(one.state for one in self.devices)
         return {state: counted[state] for state in STATES}  # type: ignore[index]
+
+    def device(self, name: str) -> DeviceOverview | None:
+        """The device of this name, if it was ever heard of."""
+        return next((one for one in self.devices if one.device == name), None)
 
     @property
     def samples_per_second(self) -> float:
@@ -63,10 +58,9 @@ def take_snapshot(store: Store, now: datetime, heartbeat_seconds: float, known_h
             devices=tuple(devices),
             totals=fleet_totals(session, devices),
             access=device_access(session),
-            programs=tuple(programs(session)),
+            programs=program_states(session),
             run=run,
             accuracy=() if run is None else tuple(accuracy_series(session, run, "fleet", limit=PLOT_POINTS)),
             checkpoints=tuple(checkpoints(session)),
-            log_bytes=log_bytes(session),
             read_seconds=time.perf_counter() - began,
         )

@@ -12,22 +12,36 @@ from jinja2 import Environment
 from starlette.exceptions import HTTPException
 
 from coordinator.settings import CoordinatorSettings
-from dashboards.live import Fragments, Live, Render, TooManyViewersError
+from dashboards.doorkeeper import COOKIE, Doorkeeper
+from dashboards.live import Fragments, Live, Render, StoreAccess, TooManyViewersError
 
 
 class View:
     """Everything that a page needs to be rendered."""
 
-    def __init__(self, templates: Environment, live: Live, settings: CoordinatorSettings, now: Callable[[], datetime]) -> None:
+    def __init__(
+        self, templates: Environment, access: StoreAccess, live: Live, settings: CoordinatorSettings, now: Callable[[], datetime]
+    ) -> None:
         self.templates = templates
+        self.access = access
         self.live = live
         self.settings = settings
         self.now = now
 
     def page(self, request: Request, template: str, *, title: str, **values: Any) -> str:
         """A whole page. `now` makes times relative for people without JavaScript."""
+        doorkeeper: Doorkeeper = request.app.state.doorkeeper
         return self.templates.get_template(template).render(
-            {"title": title, "path": request.url.path, "now": self.now(), "live": "", "message": "", **values}
+            {
+                "title": title,
+                "path": request.url.path,
+                "now": self.now(),
+                "live": "",
+                "message": "",
+                "operator": doorkeeper.find(request.cookies.get(COOKIE)),
+                "may_sign_in": doorkeeper.open,
+                **values,
+            }
         )
 
     def respond(self, request: Request, template: str, *, title: str, status_code: int = 200, **values: Any) -> HTMLResponse:

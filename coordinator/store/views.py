@@ -1,22 +1,18 @@
-"""What the dashboards read beyond the fleet's overview: access, timelines, series for plots, programs, the audit trail.
+"""What the dashboards read beyond the fleet's overview: access, timelines, series for plots, orders.
 
 Rules: nothing here writes, every query is bounded, and times are taken as they lie in the store.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
-from typing import Any
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from coordinator.store.models import (
     ArrivalMinute,
-    AuditEntry,
     Certificate,
     Claim,
     CommandRow,
@@ -24,7 +20,6 @@ from coordinator.store.models import (
     Evaluation,
     FrameRow,
     Identity,
-    ProgramRow,
     Rejection,
     Run,
     Spool,
@@ -32,8 +27,6 @@ from coordinator.store.models import (
 )
 from side_tuning.wire.messages import TapPlan
 from side_tuning.wire.topics import FLEET
-
-EVERYTHING = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -48,16 +41,6 @@ class DeviceAccess:
     revoked_reason: str
     waits_since: datetime | None  # a certificate request that waits for approval
     certificate_expires_at: datetime | None  # of the newest certificate that is not revoked
-
-
-@dataclass(frozen=True)
-class Program:
-    """A server program's newest word of itself."""
-
-    name: str
-    started_at: datetime
-    at: datetime
-    status: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -95,15 +78,6 @@ class Timeline:
 
 
 @dataclass(frozen=True)
-class DeviceCertificate:
-    serial: str
-    issued_at: datetime
-    expires_at: datetime
-    seen_at: datetime | None
-    revoked_at: datetime | None
-
-
-@dataclass(frozen=True)
 class Order:
     """A command to a device and whether the gateway has sent it."""
 
@@ -112,16 +86,6 @@ class Order:
     created_by: str
     sent_at: datetime | None
     expires_at: datetime
-
-
-@dataclass(frozen=True)
-class AuditLine:
-    at: datetime
-    actor: str
-    action: str
-    device: str | None
-    outcome: str
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -152,12 +116,6 @@ def device_access(session: Session) -> dict[str, DeviceAccess]:
         )
         for row in rows
     }
-
-
-def programs(session: Session) -> list[Program]:
-    """The server programs by name."""
-    rows = session.execute(select(*ProgramRow.__table__.columns).order_by(ProgramRow.name))
-    return [Program(row.name, row.started_at, row.at, row.status if isinstance(row.status, dict) else {}) for row in rows]
 
 
 def newest_run(session: Session) -> str | None:
@@ -232,19 +190,6 @@ def timeline(session: Session, device: str) -> Timeline:
     )
 
 
-def device_certificates(session: Session, device: str, limit: int = 5) -> list[DeviceCertificate]:
-    """The newest certificates of a device, newest first."""
-    rows = session.execute(
-        select(
-            Certificate.serial, Certificate.issued_at, Certificate.expires_at, Certificate.seen_at, Certificate.revoked_at
-        )
-        .where(Certificate.device == device)
-        .order_by(Certificate.issued_at.desc())
-        .limit(limit)
-    )
-    return [DeviceCertificate(*row) for row in rows]
-
-
 def orders(session: Session, device: str, limit: int = 5) -> list[Order]:
     """The newest commands to a device, newest first."""
     rows = session.execute(
@@ -265,16 +210,6 @@ def assigned_plan(session: Session, device: str) -> tuple[TapPlan, bool] | None:
     return None
 
 
-def audit_lines(session: Session, device: str | None = None, *, limit: int = 200) -> list[AuditLine]:
-    """The newest entries of the audit trail, newest first."""
-    wanted = select(
-        AuditEntry.at, AuditEntry.actor, AuditEntry.action, AuditEntry.device, AuditEntry.outcome, AuditEntry.detail
-    ).order_by(AuditEntry.id.desc())
-    if device is not None:
-        wanted = wanted.where(AuditEntry.device == device)
-    return [AuditLine(*row) for row in session.execute(wanted.limit(limit))]
-
-
 def rejected_payload(session: Session, rejection_id: int) -> RejectedPayload | None:
     """The bytes of a rejected message as they came; None if there is no such rejection."""
     row = session.execute(
@@ -283,12 +218,3 @@ def rejected_payload(session: Session, rejection_id: int) -> RejectedPayload | N
         .where(Rejection.id == rejection_id)
     ).first()
     return None if row is None else RejectedPayload(*row)
-
-
-def log_bytes(session: Session) -> int | None:
-    """The size of SQLite's write-ahead log in bytes; None on PostgreSQL."""
-    url = session.get_bind().engine.url
-    if url.get_backend_name() != "sqlite" or url.database is None:
-        return None
-    path = Path(f"{url.database}-wal")
-    return path.stat().st_size if path.exists() else 0
