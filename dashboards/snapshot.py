@@ -12,7 +12,14 @@ from coordinator.store.engine import Store
 from coordinator.store.fleet import DeviceOverview, FleetTotals, KnownHealth, device_overview, fleet_totals
 from coordinator.store.programs import ProgramState, program_states
 from coordinator.store.training import StoredCheckpoint, checkpoints
-from coordinator.store.views import DeviceAccess, Measured, accuracy_series, device_access, newest_run
+from coordinator.store.views import (
+    DeviceAccess,
+    Measured,
+    accuracy_series,
+    device_access,
+    log_bytes,
+    newest_run,
+)
 
 STATES = ("lost", "late", "quiet", "offline", "on-time")
 PLOT_POINTS = 300
@@ -26,10 +33,11 @@ class FleetSnapshot:
     devices: tuple[DeviceOverview, ...]  # by name
     totals: FleetTotals
     access: Mapping[str, DeviceAccess]  # by device, also of those that were never heard of
-    programs: Mapping[str, ProgramState]  # by name
+    programs: tuple[ProgramState, ...]  # by name
     run: str | None  # the newest training run
     accuracy: tuple[Measured, ...]  # of that run over the whole fleet, oldest first
     checkpoints: tuple[StoredCheckpoint, ...]  # newest first
+    log_bytes: int | None  # of SQLite's write-ahead log; None on PostgreSQL
     read_seconds: float  # how long reading took
 
     def states(self) -> dict[str, int]:
@@ -58,9 +66,10 @@ def take_snapshot(store: Store, now: datetime, heartbeat_seconds: float, known_h
             devices=tuple(devices),
             totals=fleet_totals(session, devices),
             access=device_access(session),
-            programs=program_states(session),
+            programs=tuple(program_states(session).values()),
             run=run,
             accuracy=() if run is None else tuple(accuracy_series(session, run, "fleet", limit=PLOT_POINTS)),
             checkpoints=tuple(checkpoints(session)),
+            log_bytes=log_bytes(session),
             read_seconds=time.perf_counter() - began,
         )

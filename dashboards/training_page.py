@@ -61,7 +61,7 @@ async def training_updates(request: Request) -> Response:
 
 def training_values(view: View, snapshot: FleetSnapshot) -> dict[str, Any]:
     """What the training page's templates show."""
-    status = next((snapshot.programs[name] for name in TRAINER_NAMES if name in snapshot.programs), None)
+    status = next((one for one in snapshot.programs if one.name in TRAINER_NAMES), None)
     backbone: list[Measured] = []
     worst: list[Measured] = []
     with view.access.reader().read() as session:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
@@ -218,3 +219,12 @@ def rejected_payload(session: Session, rejection_id: int) -> RejectedPayload | N
         .where(Rejection.id == rejection_id)
     ).first()
     return None if row is None else RejectedPayload(*row)
+
+
+def log_bytes(session: Session) -> int | None:
+    """The size of SQLite's write-ahead log in bytes; None on PostgreSQL."""
+    url = session.get_bind().engine.url
+    if url.get_backend_name() != "sqlite" or url.database is None:
+        return None
+    path = Path(f"{url.database}-wal")
+    return path.stat().st_size if path.exists() else 0
