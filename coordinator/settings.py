@@ -101,6 +101,7 @@ class PublishingSettings(_Section):
 
     poll_seconds: float = Field(default=1.0, gt=0)
     part_bytes: int = Field(default=131_072, ge=1024, le=16 * _MIB)  # passes every broker's default packet limit
+    signing_key_file: Path | None = None  # of checkpoints, for the gateway alone; none: data_directory / "checkpoint-signing.key"
 
 
 class EnrolmentSettings(_Section):
@@ -165,7 +166,7 @@ class CoordinatorSettings(BaseSettings):
 
     @property
     def signing_key_file(self) -> Path:
-        return self.data_directory / "checkpoint-signing.key"
+        return self.publishing.signing_key_file or self.data_directory / "checkpoint-signing.key"
 
     @property
     def public_key_file(self) -> Path:
