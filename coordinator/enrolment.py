@@ -46,6 +46,7 @@ from coordinator.identities import (
     CLAIMS_REVOKED,
     FLEET_AUTHORITY,
     FLEET_REVOKED,
+    Renewals,
     broker_settings_for,
 )
 from coordinator.intake import Intake
@@ -128,6 +129,7 @@ class Enrolment:
         self._fleet_list = RevocationList(folder / FLEET_REVOKED, authorities.fleet)
         self._claims_list = RevocationList(folder / CLAIMS_REVOKED, authorities.claims)
         self.cut_offs = CutOffs(broker, authorities.fleet)
+        self._renewals = Renewals(settings)
         self._chores_at = self._ticked_at = time.monotonic()
         self._tries: Counter[str] = Counter()  # in a row, by what they keep from happening
         self._answered: Counter[str] = Counter()
@@ -335,6 +337,7 @@ class Enrolment:
             self.cut_offs.run_due(now)
         for claim, request in approved:
             self._serve_asked(read_asked(claim, request))
+        self._renewals.run_due(self._authorities.fleet, now)
 
     def _time(self) -> datetime:
         """The time; raises `AuthorityError` where it cannot be right, before anything is dated by it."""

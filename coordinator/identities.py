@@ -6,6 +6,7 @@ when its certificate is renewed, so that one renamed file is the whole change an
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -36,6 +37,8 @@ from coordinator.files import held, write_atomically
 from coordinator.settings import ConfigError, CoordinatorSettings
 from side_tuning.broker_settings import BrokerSettings
 
+logger = logging.getLogger(__name__)
+
 FLEET_AUTHORITY, CLAIMS_AUTHORITY = "fleet-authority", "claims-authority"
 FLEET_REVOKED, CLAIMS_REVOKED = "fleet-revoked.pem", "claims-revoked.pem"
 BROKER = "broker"
@@ -57,7 +60,17 @@ class _Wanted:
     authority: Authority
     common_name: str
     usage: Usage
+    directory: Path
+    file_name: str
     names: tuple[str, ...] = ()
+
+    @property
+    def certificate_file(self) -> Path:
+        return self.directory / f"{self.file_name}.pem"
+
+    @property
+    def key_file(self) -> Path:
+        return self.directory / f"{self.file_name}.key"
 
 
 def make_identities(settings: CoordinatorSettings, now: datetime) -> list[str]:
@@ -72,6 +85,31 @@ def make_identities(settings: CoordinatorSettings, now: datetime) -> list[str]:
     taken = AuthorityError(f"another `coordinator init` is at work in {settings.authority_directory}; try again when it is done")
     with held(settings.authority_directory / "init.lock", taken):
         return _make_identities(settings, now)
+
+
+class Renewals:
+    """Once a day, in a program that holds the authorities' keys and runs for years: renews what ends soon and lies here.
+
+    Certificates whose keys are elsewhere are left to the next `coordinator init`. Trouble is logged and tried the next day.
+    """
+
+    def __init__(self, settings: CoordinatorSettings) -> None:
+        self._settings = settings
+        self._due_at: datetime | None = None
+
+    def run_due(self, fleet: Authority, now: datetime) -> None:
+        if self._due_at is not None and now < self._due_at:
+            return
+        self._due_at = now + timedelta(days=1)
+        done: list[str] = []
+        for wanted in _certificates(self._settings, fleet):
+            try:
+                if wanted.key_file.exists():
+                    _keep_certificate(wanted, now, done)
+            except (ConfigError, OSError) as error:
+                logger.error("the certificate of %r was not looked after, trying again in a day: %s", wanted.common_name, error)
+        for line in done:
+            logger.info("%s", line)
 
 
 def broker_settings_for(settings: CoordinatorSettings, name: str) -> BrokerSettings:
@@ -103,8 +141,6 @@ def _make_identities(settings: CoordinatorSettings, now: datetime) -> list[str]:
     claims = _keep_authority(settings, CLAIMS_AUTHORITY, now, done)
 
     folder = settings.broker_directory
-    broker = _Wanted(fleet, BROKER, "server", broker_names(settings))
-    _keep_certificate(broker, folder / "broker.pem", folder / "broker.key", now, done)
     for name, authority in ((FLEET_AUTHORITY, fleet), (CLAIMS_AUTHORITY, claims)):
         _keep_file(folder / f"{name}.pem", certificate_pem(authority.certificate))
     for file, authority in ((FLEET_REVOKED, fleet), (CLAIMS_REVOKED, claims)):
@@ -115,9 +151,19 @@ def _make_identities(settings: CoordinatorSettings, now: datetime) -> list[str]:
     for program in PROGRAMS:
         own = identity_directory(settings, program)
         own.mkdir(mode=PRIVATE_FOLDER, parents=True, exist_ok=True)
-        _keep_certificate(_Wanted(fleet, program, "client"), own / "client.pem", own / "client.key", now, done)
         _keep_file(own / "authorities.pem", certificate_pem(fleet.certificate))
+    for wanted in _certificates(settings, fleet):
+        if not wanted.key_file.exists():
+            write_atomically(wanted.key_file, key_pem(new_key()), PRIVATE_FILE)
+        _keep_certificate(wanted, now, done)
     return done
+
+
+def _certificates(settings: CoordinatorSettings, fleet: Authority) -> list[_Wanted]:
+    return [
+        _Wanted(fleet, BROKER, "server", settings.broker_directory, BROKER, broker_names(settings)),
+        *(_Wanted(fleet, program, "client", identity_directory(settings, program), "client") for program in PROGRAMS),
+    ]
 
 
 def _keep_authority(settings: CoordinatorSettings, name: str, now: datetime, done: list[str]) -> Authority:
@@ -135,12 +181,10 @@ def _keep_authority(settings: CoordinatorSettings, name: str, now: datetime, don
     return authority
 
 
-def _keep_certificate(wanted: _Wanted, certificate_file: Path, key_file: Path, now: datetime, done: list[str]) -> None:
-    if not key_file.exists():
-        write_atomically(key_file, key_pem(new_key()), PRIVATE_FILE)
+def _keep_certificate(wanted: _Wanted, now: datetime, done: list[str]) -> None:
     # The broker's key may be shared on purpose: with the user or the group that the broker runs as.
-    key = load_key(key_file, shared=wanted.usage == "server").public_key()
-    reason = _reason_to_issue(wanted, certificate_file, key_digest(key), now)
+    key = load_key(wanted.key_file, shared=wanted.usage == "server").public_key()
+    reason = _reason_to_issue(wanted, key_digest(key), now)
     if not reason:
         return
     try:
@@ -150,14 +194,15 @@ def _keep_certificate(wanted: _Wanted, certificate_file: Path, key_file: Path, n
     certificate = wanted.authority.issue(
         key, wanted.common_name, now=now, days=CERTIFICATE_DAYS, usage=wanted.usage, names=wanted.names
     )
-    write_atomically(certificate_file, certificate_pem(certificate), PUBLIC_FILE)
+    write_atomically(wanted.certificate_file, certificate_pem(certificate), PUBLIC_FILE)
     known_as = f" for {', '.join(wanted.names)}" if names else ""
     ends = certificate.not_valid_after_utc
-    done.append(f"issued the certificate of {wanted.common_name!r}{known_as}, until {ends:%Y-%m-%d} ({reason}): {certificate_file}")
+    done.append(f"issued the certificate of {wanted.common_name!r}{known_as}, until {ends:%Y-%m-%d} ({reason}): {wanted.certificate_file}")
 
 
-def _reason_to_issue(wanted: _Wanted, file: Path, key: str, now: datetime) -> str:
-    """Why the certificate in `file` will not do; empty if it will."""
+def _reason_to_issue(wanted: _Wanted, key: str, now: datetime) -> str:
+    """Why the certificate that is there will not do; empty if it will."""
+    file = wanted.certificate_file
     if not file.exists():
         return "there was none"
     try:

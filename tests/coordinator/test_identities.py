@@ -13,7 +13,13 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from coordinator.authority import AuthorityError, load_authority, make_authority, save_authority, serial_hex
 from coordinator.files import held
-from coordinator.identities import PROGRAMS, broker_settings_for, identity_directory, make_identities
+from coordinator.identities import (
+    PROGRAMS,
+    Renewals,
+    broker_settings_for,
+    identity_directory,
+    make_identities,
+)
 from coordinator.settings import ConfigError
 from side_tuning.broker_settings import BrokerSettings
 from side_tuning.broker_tls import tls_context
@@ -134,6 +140,23 @@ def test_certificates_are_renewed_when_a_third_is_left_with_the_same_keys(settin
     assert len([line for line in done if "the old one ends on" in line]) == 1 + len(PROGRAMS)
     changed = {path.name for path, content in contents(settings).items() if content != before[path]}
     assert changed == {"broker.pem", "client.pem"}
+
+
+def test_a_program_that_runs_for_years_renews_what_lies_beside_it_and_makes_no_keys(settings, caplog):
+    """Each program's key may lie in a volume of its own: one that is not here is no reason for another."""
+    fleet = load_authority(settings.authority_directory, "fleet-authority")
+    shutil.rmtree(identity_directory(settings, "gateway"))
+    (identity_directory(settings, "doctor") / "client.key").chmod(0o644)
+    before = contents(settings)
+    renewals = Renewals(settings)
+    renewals.run_due(fleet, NOW)
+    assert contents(settings) == before
+    later = NOW + timedelta(days=250)
+    for _ in range(3):
+        renewals.run_due(fleet, later)
+    changed = {path.parent.name for path, content in contents(settings).items() if content != before[path]}
+    assert changed == {"broker", "enrolment"}
+    assert caplog.text.count("chmod 600") == 2  # once a day
 
 
 def test_a_new_public_host_reissues_the_brokers_certificate_only(settings, tmp_path):
