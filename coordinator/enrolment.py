@@ -11,10 +11,12 @@ reach, its asker repeats it; a repeated request gets the same certificate.
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -49,7 +51,6 @@ from coordinator.identities import (
     Renewals,
     broker_settings_for,
 )
-from coordinator.intake import Intake
 from coordinator.revocation import RevocationList
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import identities
@@ -60,7 +61,12 @@ from side_tuning.broker_connection import BrokerConnection, Connected, Message
 from side_tuning.repeats import Repeats
 from side_tuning.wire import topics
 from side_tuning.wire.bounded import FrameError
-from side_tuning.wire.certificates import AnswerStatus, CertificateAnswer, CertificateRequest
+from side_tuning.wire.certificates import (
+    MAX_REQUEST_BYTES,
+    AnswerStatus,
+    CertificateAnswer,
+    CertificateRequest,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +74,6 @@ REQUESTS = topics.all_devices_up("certificate-request")
 CLIENT_ID = "enrolment"
 
 QUEUE_MESSAGES = 256
-QUEUE_BYTES = 4 * 1024 * 1024
-BATCH = 32
 IDLE_SECONDS = 0.2
 CHORES_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 5.0
@@ -117,7 +121,8 @@ class Enrolment:
         self._store = store
         self._authorities = authorities
         self._now = now
-        self._intake = Intake(QUEUE_MESSAGES, QUEUE_BYTES)
+        self._waiting: queue.Queue[Message] = queue.Queue(QUEUE_MESSAGES)
+        self._dropped = 0
         self._gate = Gate()
         self._refusals = Refusals()
         self._told = Repeats()
@@ -156,13 +161,12 @@ class Enrolment:
                     self._go_round(stop)
                     self._check_network()
         finally:
-            self._intake.close()
             self.connection.stop()
 
     def _go_round(self, stop: threading.Event) -> None:
-        for arrived in self._intake.take(BATCH, wait_seconds=IDLE_SECONDS, gather_seconds=0.0):
-            if not arrived.dropped and not self._while_in_reach("nobody gets a certificate", partial(self._serve, arrived.message), stop):
-                break  # the rest of them ask again
+        with suppress(queue.Empty):
+            message = self._waiting.get(timeout=IDLE_SECONDS)
+            self._while_in_reach("nobody gets a certificate", partial(self._serve, message), stop)
         if time.monotonic() >= self._chores_at and self._while_in_reach("no revocation takes effect", self._run_chores, stop):
             self._chores_at = time.monotonic() + CHORES_SECONDS
 
@@ -172,8 +176,8 @@ class Enrolment:
             "broker": self.connection.address,
             "broker_error": self.connection.last_error,
             "broker_certificate_expires_at": self.connection.peer_certificate_expires_at,
-            "queue_messages": len(self._intake),
-            "dropped_messages": self._intake.dropped,
+            "queue_messages": self._waiting.qsize(),
+            "dropped_messages": self._dropped,  # came while the queue was full
             "turned_away": self._gate.turned_away,  # requests of askers that ask more than once a second
             "answers_issued": self._answered["issued"],
             "answers_waiting": self._answered["waiting"],
@@ -187,8 +191,12 @@ class Enrolment:
     # The network thread.
 
     def _received(self, message: Message) -> None:
-        if self._gate.admit(message.topic, time.monotonic()):
-            self._intake.put(message, self._now())
+        if not self._gate.admit(message.topic, time.monotonic()):
+            return
+        try:  # one byte too many is enough to refuse it for
+            self._waiting.put_nowait(replace(message, payload=message.payload[: MAX_REQUEST_BYTES + 1]))
+        except queue.Full:
+            self._dropped += 1  # its asker asks again
 
     def _connected(self, connected: Connected) -> None:
         level = logging.INFO if connected.epoch == 1 else logging.DEBUG

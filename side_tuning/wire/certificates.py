@@ -15,6 +15,7 @@ from side_tuning.wire.messages import Fields, pack_message
 AnswerStatus = Literal["issued", "waiting", "refused"]
 
 MAX_CSR_BYTES = 8192
+MAX_REQUEST_BYTES = MAX_CSR_BYTES + 1024
 MAX_CERTIFICATES_BYTES = 32_768
 
 
@@ -30,7 +31,7 @@ class CertificateRequest:
 
     @classmethod
     def from_bytes(cls, payload: bytes) -> CertificateRequest:
-        fields = Fields(unpack_bounded(payload, max_bytes=MAX_CSR_BYTES + 1024), "certificate request")
+        fields = Fields(unpack_bounded(payload, max_bytes=MAX_REQUEST_BYTES), "certificate request")
         return cls(csr=fields.binary("csr", MAX_CSR_BYTES), at=fields.number("at", 0.0, 1e12))
 
 
