@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 FLEET_AUTHORITY, CLAIMS_AUTHORITY = "fleet-authority", "claims-authority"
 FLEET_REVOKED, CLAIMS_REVOKED = "fleet-revoked.pem", "claims-revoked.pem"
 BROKER = "broker"
+LOCAL_NAMES = (BROKER, "localhost", "127.0.0.1", "::1")  # what this machine's own programs may call the broker
 PROGRAMS = ("gateway", "enrolment", "doctor")  # those that the broker knows by a certificate of their own
 
 AUTHORITY_DAYS = 3650.0
@@ -132,7 +133,7 @@ def public_host(settings: CoordinatorSettings) -> str:
 
 def broker_names(settings: CoordinatorSettings) -> tuple[str, ...]:
     """Every name and address that the broker's certificate answers to."""
-    return tuple(dict.fromkeys([BROKER, "localhost", "127.0.0.1", "::1", settings.broker.host, public_host(settings)]))
+    return tuple(dict.fromkeys([*LOCAL_NAMES, settings.broker.host, public_host(settings)]))
 
 
 def _make_identities(settings: CoordinatorSettings, now: datetime) -> list[str]:
@@ -168,8 +169,14 @@ def _certificates(settings: CoordinatorSettings, fleet: Authority) -> list[_Want
 
 def _keep_authority(settings: CoordinatorSettings, name: str, now: datetime, done: list[str]) -> Authority:
     directory, common_name = settings.authority_directory, f"mobillm-fleet {name.replace('-', ' ')}"
-    # A key alone was left by a crash, unless the broker has the certificate: then it is lost, and `load_authority` says so.
-    if not (directory / f"{name}.pem").exists() and not (settings.broker_directory / f"{name}.pem").exists():
+    if not (directory / f"{name}.pem").exists():
+        known = settings.broker_directory / f"{name}.pem"
+        if known.exists():
+            raise AuthorityError(
+                f"{directory / name}.pem is gone, but the broker knows that authority: bring {directory} back from a backup. "
+                f"To begin anew and enrol every device again, delete {known}"
+            )
+        # A key without certificate was left by a crash, nothing was signed with it.
         authority = make_authority(common_name, now=now, days=AUTHORITY_DAYS)
         save_authority(directory, name, authority)
         done.append(f"made the {name.replace('-', ' ')}: {directory / name}.key (keep it secret, and keep a copy)")

@@ -72,6 +72,7 @@ def enrol(  # noqa: PLR0917 - one per option
     """Give a device a one-time claim to its first certificate, in a bundle for `edge-agent enrol --bundle`."""
     from coordinator.claims import ClaimWish, make_claim, prepare_claim
     from coordinator.files import write_atomically
+    from coordinator.identities import LOCAL_NAMES
 
     wish = ClaimWish(device=_device_name(device), lifetime=_duration(expires), group=_group(group), readmit=readmit, actor=actor)
     to_stdout = out == "-"
@@ -96,10 +97,11 @@ def enrol(  # noqa: PLR0917 - one per option
     for earlier in withdrawn:
         print(f"withdrew {earlier.id}, the open claim that {device} had from {_moment(earlier.created_at)}: its bundle is worthless now", file=say)
     bundle = prepared.bundle
-    print(f"{prepared.bundle.claim}: good for one certificate of {device}, until {_moment(prepared.expires_at)} UTC", file=say)
+    print(f"{bundle.claim}: good for one certificate of {device}, until {_moment(prepared.expires_at)} UTC", file=say)
     print(f"the device will look for the broker at {bundle.host}, ports {bundle.port} and {bundle.claims_port}", file=say)
-    if not settings.enrolment.public_host:
-        print("  if it cannot reach it by that name, set enrolment.public_host, run `coordinator init`, and enrol again", file=say)
+    if bundle.host in LOCAL_NAMES:
+        print("  only devices on this machine find it there: for others set enrolment.public_host (PUBLIC_HOST with", file=say)
+        print("  docker compose), run `coordinator init`, and enrol again", file=say)
     if not to_stdout:
         print(f"wrote {place}: a secret until it is used. On the device: edge-agent enrol --bundle {place.name}", file=say)
 

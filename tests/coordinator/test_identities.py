@@ -193,7 +193,7 @@ def test_a_crash_in_the_first_run_is_made_good_by_the_next(tmp_path):
 def test_a_lost_authority_is_never_replaced_in_silence(settings):
     """A new one would shut out every device."""
     shutil.rmtree(settings.authority_directory)
-    with pytest.raises(AuthorityError, match=r"fleet-authority\.pem cannot be read.*backup"):
+    with pytest.raises(AuthorityError, match=r"fleet-authority\.pem is gone.*backup"):
         make_identities(settings, NOW)
 
 
