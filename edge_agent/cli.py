@@ -180,6 +180,7 @@ def flash(  # noqa: PLR0917 - typer calls it by name
     wifi_secret_file: Annotated[Path | None, typer.Option(help="Read the passphrase from this file instead.")] = None,
     country: Annotated[str | None, typer.Option(help="Whose rules the radio follows, such as GB.")] = None,
     timezone: Annotated[str | None, typer.Option(help="Such as Europe/London.")] = None,
+    agent_config: Annotated[Path | None, typer.Option(help="agent.toml for the board; set bundle_file to /var/lib/mobillm-fleet/device.bundle in it.")] = None,
     largest_gb: Annotated[float, typer.Option(min=1, help="Refuse larger disks: a card is rarely that large, somebody's data is.")] = 256,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before overwriting a disk.")] = False,
 ) -> None:
@@ -197,7 +198,7 @@ def flash(  # noqa: PLR0917 - typer calls it by name
             raise typer.BadParameter("give --image, --target, and --bundle or --fleet (or --list alone)")
         options = command.FlashOptions(
             image, target, bundle or Path(), sha256, size, hostname, user, password_hash_file, tuple(ssh_key or ()), wifi, wifi_secret_file,
-            country, timezone, int(largest_gb * 10**9), yes,
+            country, timezone, agent_config, int(largest_gb * 10**9), yes,
         )
         if fleet is None:
             command.flash(options, Console())
@@ -208,6 +209,32 @@ def flash(  # noqa: PLR0917 - typer calls it by name
     except FlashError as error:
         typer.echo(f"edge-agent: {error}", err=True)
         raise typer.Exit(exit_codes.CRASH) from error
+
+
+@app.command()
+def install(  # noqa: PLR0917 - typer calls it by name
+    root: Annotated[Path, typer.Option(help="The tree of a system that will be flashed, such as Linux_for_Tegra/rootfs; nothing is run then.")] = Path("/"),
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="Settings to put in place, unless there are some already.")] = None,
+    bundle: Annotated[Path | None, typer.Option(help="From `coordinator enrol DEVICE`; set bundle_file to /var/lib/mobillm-fleet/device.bundle.")] = None,
+    program: Annotated[Path | None, typer.Option(help="edge-agent as the board will see it; by default this one, with --root /opt/mobillm-fleet/bin.")] = None,
+    remove: Annotated[bool, typer.Option("--uninstall", help="Take the service away; settings, spool and identity stay.")] = False,
+    purge: Annotated[bool, typer.Option("--purge", help="With --uninstall: settings, spool and identity go too.")] = False,
+) -> None:
+    """Make the agent a service of this board. Running it again changes nothing."""
+    from edge_agent import install as installing
+    from side_tuning.bundle import BundleError
+
+    try:
+        if remove:
+            changes = installing.uninstall(root, purge=purge)
+        else:
+            here = installing.this_program() if root == Path("/") else installing.DEFAULT_PROGRAM
+            changes = installing.install(installing.Plan(root, program or here, config, bundle))
+    except (installing.InstallError, BundleError, OSError) as error:
+        typer.echo(f"edge-agent: {error}", err=True)
+        raise typer.Exit(exit_codes.CRASH) from error
+    for line in changes or ["nothing to do"]:
+        typer.echo(line)
 
 
 @app.command()

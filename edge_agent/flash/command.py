@@ -48,6 +48,7 @@ class FlashOptions:
     wifi_secret_file: Path | None = None
     country: str | None = None
     timezone: str | None = None
+    agent_config: Path | None = None
     largest_bytes: int = 256 * 10**9
     yes: bool = False
 
@@ -73,12 +74,13 @@ def flash(options: FlashOptions, console: Console, ask: Callable[[str], str] = g
         instance_id=f"mobillm-{secrets.token_hex(8)}",
         flashed_at=flashed_at,
         user=options.user,
-        password_hash=_line_of(options.password_hash_file, "password hash") if options.password_hash_file else None,
-        ssh_keys=tuple(_line_of(path, "SSH key") for path in options.ssh_key_files),
+        password_hash=_text_of(options.password_hash_file, "password hash") if options.password_hash_file else None,
+        ssh_keys=tuple(_text_of(path, "SSH key") for path in options.ssh_key_files),
         wifi=_wifi(options, ask),
         country=options.country,
         timezone=options.timezone,
         image_name=options.image.name,
+        agent_config=_text_of(options.agent_config, "agent's settings").encode() + b"\n" if options.agent_config else None,
     )
     plan.check()
     map_path = block_map_beside(options.image)
@@ -128,11 +130,11 @@ def _wifi(options: FlashOptions, ask: Callable[[str], str]) -> Wifi | None:
         if options.wifi_secret_file:
             raise FlashError("--wifi-secret-file needs --wifi with the network's name")
         return None
-    secret = _line_of(options.wifi_secret_file, "Wi-Fi passphrase") if options.wifi_secret_file else ask(f"Passphrase of {options.wifi} (empty: open network): ")
+    secret = _text_of(options.wifi_secret_file, "Wi-Fi passphrase") if options.wifi_secret_file else ask(f"Passphrase of {options.wifi} (empty: open network): ")
     return Wifi.with_passphrase(options.wifi, secret)
 
 
-def _line_of(path: Path, what: str) -> str:
+def _text_of(path: Path, what: str) -> str:
     try:
         return path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:

@@ -18,6 +18,9 @@ wipe() {
 note() { echo "$(date -u +%Y-%m-%dT%H:%M:%SZ) $*" >> "$here/applied.txt"; sync; }
 
 mkdir -p "$state" "$configuration" && chmod 700 "$state"
+if [ -f "$here/agent.toml" ] && ! cmp -s "$here/agent.toml" "$configuration/agent.toml"; then
+  cp "$here/agent.toml" "$configuration/agent.toml" && note "settings copied to $configuration"
+fi
 if [ -f "$here/device.bundle" ]; then
   # Whole and on the disk before the only other copy goes.
   (umask 077 && cp "$here/device.bundle" "$state/device.bundle.new") && sync &&
@@ -25,7 +28,7 @@ if [ -f "$here/device.bundle" ]; then
     note "the bundle could not be copied to $state"
     exit 1
   }
-  id mobillm >/dev/null 2>&1 && chown -R mobillm "$state"
+  id mobillm-fleet >/dev/null 2>&1 && chown -R mobillm-fleet: "$state"
   wipe "$here/device.bundle"
   note "bundle moved to $state"
 fi

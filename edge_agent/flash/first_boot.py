@@ -26,6 +26,7 @@ FOLDER = "mobillm"  # ours on the boot partition
 BUNDLE = f"{FOLDER}/device.bundle"
 MANIFEST = f"{FOLDER}/flashed.json"
 SCRIPT = f"{FOLDER}/first-boot.sh"
+AGENT_CONFIG = f"{FOLDER}/agent.toml"
 _FIRSTBOOT_INIT = "init=/usr/lib/raspberrypi-sys-mods/firstboot"
 _RUN_FIRSTRUN = "systemd.run=/boot/firstrun.sh systemd.run_success_action=reboot systemd.unit=kernel-command-line.target"
 
@@ -71,6 +72,7 @@ class CardPlan:
     country: str | None = None  # ISO 3166, for the radio
     timezone: str | None = None
     image_name: str = ""
+    agent_config: bytes | None = None  # agent.toml, for /etc/mobillm-fleet
 
     def check(self) -> None:
         """Refuse what no system could take.
@@ -127,6 +129,8 @@ def put_files(boot: FatPartition, plan: CardPlan) -> dict[str, bytes]:
     plan.check()
     system = detect(boot)
     files: dict[str, bytes] = {BUNDLE: plan.bundle.to_text().encode(), SCRIPT: _script()}
+    if plan.agent_config is not None:
+        files[AGENT_CONFIG] = plan.agent_config
     cmdline = boot.read("cmdline.txt").decode("utf-8", "replace") if boot.exists("cmdline.txt") else None
     if system == "cloud-init":
         files |= {"user-data": _user_data(plan), "network-config": _network_config(plan), "meta-data": _meta_data(plan)}

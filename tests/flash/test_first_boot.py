@@ -49,10 +49,11 @@ def flash(tmp_path: Path, system: str, *more: str, bundle: Bundle | None = None,
     (tmp_path / "key.pub").write_text(SSH_KEY + "\n")
     (tmp_path / "wifi").write_text(PASSPHRASE + "\n")
     (tmp_path / "hash").write_text("$6$salt$hash\n")
+    (tmp_path / "agent.toml").write_text('bundle_file = "/var/lib/mobillm-fleet/device.bundle"\n')
     arguments = [
         "flash", "--image", str(image), "--target", str(tmp_path / target), "--bundle", str(tmp_path / "device.bundle"), "--user", "ann",
         "--password-hash-file", str(tmp_path / "hash"), "--ssh-key", str(tmp_path / "key.pub"), "--wifi", "Küche 'n' Bar",
-        "--wifi-secret-file", str(tmp_path / "wifi"), "--country", "GB", "--timezone", "Europe/London", *more,
+        "--wifi-secret-file", str(tmp_path / "wifi"), "--country", "GB", "--timezone", "Europe/London", "--agent-config", str(tmp_path / "agent.toml"), *more,
     ]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
@@ -74,6 +75,7 @@ def test_every_system_gets_the_bundle_the_script_and_a_manifest(card: tuple[str,
     for name, digest in manifest["files"].items():
         assert hashlib.sha256(boot_file(path, name)).hexdigest() == digest
     assert b"SECRET" not in boot_file(path, "mobillm/flashed.json")
+    assert boot_file(path, "mobillm/agent.toml") == b'bundle_file = "/var/lib/mobillm-fleet/device.bundle"\n'
 
 
 @needs_image_tools
@@ -203,10 +205,12 @@ def test_nothing_secret_is_left_on_the_partition_after_first_boot(tmp_path: Path
     boot.mkdir()
     subprocess.run(["mcopy", "-s", "-i", f"{path}@@{4 * 1024 * 1024}", "::/*", boot], check=True)
     bundle = (boot / "mobillm" / "device.bundle").read_bytes()
+    (boot / "mobillm" / "agent.toml").write_text("settings")
     for _ in range(2):
         result = run_script(boot, state)
         assert result.returncode == 0, result.stderr
     assert (state / "device.bundle").read_bytes() == bundle
+    assert (state / "etc" / "agent.toml").read_text() == "settings"
     assert (state / "device.bundle").stat().st_mode & 0o77 == 0
     key = hashlib.pbkdf2_hmac("sha1", PASSPHRASE.encode(), "Küche 'n' Bar".encode(), 4096, 32).hex().encode()
     for file in boot.rglob("*"):
