@@ -13,6 +13,7 @@ import typer
 
 from coordinator.command_line import Config, open_settings, opened_store
 from coordinator.identity_commands import register_identity_commands
+from coordinator.upkeep_commands import register_upkeep_commands
 from side_tuning.json_logs import logs_are_json
 
 EXIT_CRASH = 1
@@ -36,6 +37,7 @@ app.add_typer(plan_app, name="plan")
 app.add_typer(rejections_app, name="rejections")
 app.add_typer(checkpoints_app, name="checkpoints")
 register_identity_commands(app)
+register_upkeep_commands(app)
 
 # Programs.
 
@@ -109,21 +111,6 @@ def check_config(config: Config = None) -> None:
     from coordinator.settings import describe_settings
 
     print(describe_settings(open_settings(config, "check-config")))
-
-
-@app.command()
-def alive(
-    name: Annotated[str, typer.Argument(help="gateway, trainer or enrolment.")],
-    max_age: Annotated[float, typer.Option(min=1, help="Seconds since its last sign of life.")] = 30.0,
-    config: Config = None,
-) -> None:
-    """Whether a program on this machine is alive: exit code 0 or 1 and a line why. For health checks."""
-    from coordinator.settings import load_settings
-    from side_tuning.alive import alive_trouble
-
-    trouble = alive_trouble(load_settings(config).alive_file(name), max_age)
-    print(f"{name}: {trouble or 'alive'}")
-    sys.exit(1 if trouble else 0)
 
 
 # The database.

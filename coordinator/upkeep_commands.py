@@ -1,0 +1,67 @@
+"""The commands that look after a coordinator: backup, restore, alive. Registered by coordinator/cli.py."""
+
+from __future__ import annotations
+
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from coordinator.command_line import Config, open_settings
+
+
+def register_upkeep_commands(app: typer.Typer) -> None:
+    app.command()(backup)
+    app.command()(restore)
+    app.command()(alive)
+
+
+def backup(
+    file: Annotated[Path, typer.Argument(help="The file to write, outside data_directory, best on another disk.")],
+    config: Config = None,
+    without_keys: Annotated[bool, typer.Option("--without-keys", help="Leave every private key out.")] = False,
+) -> None:
+    """Write everything that this coordinator needs into one file, while its programs run."""
+    from coordinator.backup import create_backup
+
+    settings = open_settings(config, "backup")
+    manifest = create_backup(settings, file, _now(), with_keys=not without_keys, settings_file=config, say=_tell)
+    size = file.stat().st_size / 1e6
+    print(f"{file}: {len(manifest.files)} files, {size:,.1f} MB; " + ("no private keys" if without_keys else "it holds private keys: guard it"))
+
+
+def restore(
+    file: Annotated[Path, typer.Argument(help="A backup.", exists=True, dir_okay=False)],
+    config: Config = None,
+    force: Annotated[bool, typer.Option("--force", help="Where something is there already, move it aside.")] = False,
+) -> None:
+    """Put a backup in place: every file checked, the database brought up to date. Stop all programs first."""
+    from coordinator.restore import restore_backup
+
+    settings = open_settings(config, "restore")
+    manifest = restore_backup(settings, file, _now(), force=force, say=_tell)
+    print(f"restored {len(manifest.files)} files of {manifest.made_at} into {settings.data_directory}")
+
+
+def alive(
+    name: Annotated[str, typer.Argument(help="gateway, trainer or enrolment.")],
+    max_age: Annotated[float, typer.Option(min=1, help="Seconds since its last sign of life.")] = 30.0,
+    config: Config = None,
+) -> None:
+    """Whether a program on this machine is alive: exit code 0 or 1 and a line why. For health checks."""
+    from coordinator.settings import load_settings
+    from side_tuning.alive import alive_trouble
+
+    trouble = alive_trouble(load_settings(config).alive_file(name), max_age)
+    print(f"{name}: {trouble or 'alive'}")
+    sys.exit(1 if trouble else 0)
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _now() -> datetime:
+    return datetime.now(timezone.utc)
