@@ -26,14 +26,17 @@ from edge_agent.checkpoint_store import CheckpointStore
 from edge_agent.checkpoints import CheckpointReceiver
 from edge_agent.forward import tap_samples
 from edge_agent.health import read_readings
+from edge_agent.identity import certificate_in
 from edge_agent.memory import return_memory_early
 from edge_agent.open_frame import OpenFrame, TappedSample
 from edge_agent.publisher import Publisher
+from edge_agent.renewal import Renewal
 from edge_agent.samples import Refusal, Sample, SampleSource, open_sources
 from edge_agent.sd_notify import notify, watchdog_seconds
 from edge_agent.settings import AgentSettings
 from edge_agent.spool import Spool, SpoolFull
 from edge_agent.tap_plans import TapPlans
+from edge_agent.trusted_clock import TrustedClock
 from side_tuning.alive import touch_alive
 from side_tuning.broker_connection import BrokerConnection, Connected, Message
 from side_tuning.signatures import load_public_key
@@ -92,6 +95,7 @@ class Agent:
         self._now = now
         self._monotonic = monotonic
         device = settings.device
+        self.clock = TrustedClock(settings.state_directory, now)
         self.plans = TapPlans(spool, backbone.manifest, device)
         self.connection = BrokerConnection(
             settings.broker,
@@ -99,11 +103,16 @@ class Agent:
             will=self._last_will,
             subscriptions=[
                 topics.receipt(device), topics.command(device), *self.plans.topics, topics.checkpoint(backbone.manifest.fingerprint),
+                topics.certificate_answer(device),
             ],
             on_message=self._dispatch,
             on_connected=self._connected,
             clean_start=False,
             session_expiry_seconds=SESSION_SECONDS,
+            trusted_time=self.clock.instead_of_system,
+        )
+        self.renewal = (
+            Renewal(self.connection, settings.state_directory, self.clock, on_change=self.report_soon) if settings.uses_identity else None
         )
         self.publisher = Publisher(
             self.connection,
@@ -116,6 +125,7 @@ class Agent:
             self.connection, CheckpointStore(settings.state_directory), backbone.manifest, public_key, on_change=self.report_soon,
         )
         self._session = ""
+        self._certificate: tuple[str, float | None] = ("", None)  # serial and end of the one that this connection shows
         self._started_at = now()
         self._paused = spool.get_setting("paused") == "1"
         self._commands: deque[bytes] = deque(maxlen=64)
@@ -144,6 +154,8 @@ class Agent:
             "checkpoints": self.checkpoints.run,
             "health": self._report_health,
         }
+        if self.renewal is not None:
+            loops["renewal"] = self.renewal.run
         threads = [threading.Thread(target=self._guarded, args=(name, loop, ending), name=name) for name, loop in loops.items()]
         self.connection.start()
         for thread in threads:
@@ -160,6 +172,7 @@ class Agent:
         for thread in threads:
             thread.join()
         reason = f"{self._failed_thread} died: {self._failure!r}" if self._failure else "stopped"
+        self._keep_time(at_once=True)
         self.connection.stop((topics.health(self.settings.device), self._health("offline", reason).to_bytes()))
         if self._failure is not None:
             logger.critical("the agent ends because its %s died", self._failed_thread, exc_info=self._failure)
@@ -198,7 +211,9 @@ class Agent:
         While connected, the network loop itself guarantees a broker round trip within two keepalives.
         """
         now = self._monotonic()
-        newest_ticks = (self._intake_ticked_at, self.publisher.ticked_at, self.checkpoints.ticked_at)
+        newest_ticks = [self._intake_ticked_at, self.publisher.ticked_at, self.checkpoints.ticked_at]
+        if self.renewal is not None:
+            newest_ticks.append(self.renewal.ticked_at)
         network = self.connection.tick_age_seconds < HUNG_SECONDS and (self.connection.connected or bool(self.connection.last_error))
         return network and all(now - tick < HUNG_SECONDS for tick in newest_ticks)
 
@@ -322,6 +337,7 @@ class Agent:
     # What comes in from the coordinator. These run in the network thread.
 
     def _connected(self, connected: Connected) -> None:
+        self._certificate = certificate_in(self.settings.broker.certificate_file)
         self.publisher.connected(connected)
         self.report_soon()
 
@@ -330,6 +346,8 @@ class Agent:
             self.publisher.offer_receipt(message.payload)
         elif message.topic == topics.command(self.settings.device):
             self._commands.append(message.payload)
+        elif self.renewal is not None and self.renewal.offer(message):
+            pass
         elif not self.plans.offer(message.topic, message.payload) and not self.checkpoints.offer(message):
             logger.debug("nothing waits for a message on %s", message.topic)
 
@@ -345,10 +363,19 @@ class Agent:
             if command.expires_at < self._now():
                 logger.info("command %s (%s) came too late", command.id, command.name)
                 continue
-            self._paused = command.name == "pause"
-            self.spool.set_setting("paused", "1" if self._paused else "0")
             logger.info("command %s: %s", command.id, command.name)
+            if command.name == "renew-certificate":
+                self._renew()
+            else:
+                self._paused = command.name == "pause"
+                self.spool.set_setting("paused", "1" if self._paused else "0")
             self.report_soon()
+
+    def _renew(self) -> None:
+        if self.renewal is not None:
+            self.renewal.ask_now()
+        else:
+            logger.error("this device's certificate is one that the settings name under [broker]; it is not renewed from here")
 
     # Health.
 
@@ -360,9 +387,15 @@ class Agent:
         while not ending.is_set():
             self._report.clear()
             if self.connection.connected:
+                self._keep_time()
                 self.connection.publish(topics.health(self.settings.device), self._health("online").to_bytes(), retain=True)
             if self._report.wait(self.settings.health.every_seconds):
                 ending.wait(SETTLE_SECONDS)  # several changes at once make one message
+
+    def _keep_time(self, *, at_once: bool = False) -> None:
+        """While a connection stands whose certificate was found valid under this clock, the clock is believed."""
+        if self.connection.connected and self.settings.broker.tls:
+            self.clock.note(at_once=at_once)
 
     def _last_will(self) -> tuple[str, bytes]:
         self._session = secrets.token_hex(8)
@@ -382,7 +415,7 @@ class Agent:
             at=self._now(),
             agent_version=_agent_version(),
             started_at=self._started_at,
-            reason=(reason or self._waiting_for or self.publisher.error or self.spool.moved_aside)[:1000],
+            reason=(reason or self._waiting_for or self.publisher.error or self._certificate_trouble or self.spool.moved_aside)[:1000],
             backbone=self._backbone.manifest.info(),
             plan_version=plan.version if plan else 0,
             plan_error=self.plans.error,
@@ -392,7 +425,13 @@ class Agent:
             paused=self._paused,
             forward_seconds=seconds / samples if samples else None,
             bytes_sent=self.spool.bytes_sent,
+            certificate_serial=self._certificate[0],
+            certificate_expires_at=self._certificate[1],
         )
+
+    @property
+    def _certificate_trouble(self) -> str:
+        return (self.renewal.error if self.renewal is not None else "") or self.clock.trouble
 
 
 def _agent_version() -> str:

@@ -226,6 +226,15 @@ def check_authorities(pem: bytes) -> bytes:
     return b"".join(certificate.public_bytes(serialization.Encoding.PEM) for certificate in certificates)
 
 
+def certificate_in(path: Path | None) -> tuple[str, float | None]:
+    """Serial (hexadecimal) and end (seconds since 1970) of the first certificate in a file; empty if there is none to read."""
+    try:
+        certificate = x509.load_pem_x509_certificate(path.read_bytes()) if path is not None else None
+    except (OSError, ValueError):
+        certificate = None
+    return ("", None) if certificate is None else (serial_hex(certificate), certificate.not_valid_after_utc.timestamp())
+
+
 def serial_hex(certificate: x509.Certificate) -> str:
     return f"{certificate.serial_number:x}"
 
