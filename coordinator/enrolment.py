@@ -11,12 +11,10 @@ reach, its asker repeats it; a repeated request gets the same certificate.
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -38,7 +36,7 @@ from coordinator.authority import (
     serial_hex,
 )
 from coordinator.cut_off import CutOffs
-from coordinator.enrolment_limits import Gate, Refusals
+from coordinator.enrolment_limits import Gate, Refusals, Waiting
 from coordinator.enrolment_rules import Decision, RequestFacts, decide_claim, decide_renewal
 from coordinator.files import held
 from coordinator.gateway import FIRST_RETRY_SECONDS, HUNG_SECONDS, utc_now
@@ -121,8 +119,7 @@ class Enrolment:
         self._store = store
         self._authorities = authorities
         self._now = now
-        self._waiting: queue.Queue[Message] = queue.Queue(QUEUE_MESSAGES)
-        self._dropped = 0
+        self._waiting = Waiting(QUEUE_MESSAGES)
         self._gate = Gate()
         self._refusals = Refusals()
         self._told = Repeats()
@@ -164,8 +161,7 @@ class Enrolment:
             self.connection.stop()
 
     def _go_round(self, stop: threading.Event) -> None:
-        with suppress(queue.Empty):
-            message = self._waiting.get(timeout=IDLE_SECONDS)
+        if (message := self._waiting.take(IDLE_SECONDS)) is not None:
             self._while_in_reach("nobody gets a certificate", partial(self._serve, message), stop)
         if time.monotonic() >= self._chores_at and self._while_in_reach("no revocation takes effect", self._run_chores, stop):
             self._chores_at = time.monotonic() + CHORES_SECONDS
@@ -176,8 +172,8 @@ class Enrolment:
             "broker": self.connection.address,
             "broker_error": self.connection.last_error,
             "broker_certificate_expires_at": self.connection.peer_certificate_expires_at,
-            "queue_messages": self._waiting.qsize(),
-            "dropped_messages": self._dropped,  # came while the queue was full
+            "queue_messages": len(self._waiting),
+            "dropped_messages": self._waiting.dropped,
             "turned_away": self._gate.turned_away,  # requests of askers that ask more than once a second
             "answers_issued": self._answered["issued"],
             "answers_waiting": self._answered["waiting"],
@@ -193,10 +189,8 @@ class Enrolment:
     def _received(self, message: Message) -> None:
         if not self._gate.admit(message.topic, time.monotonic()):
             return
-        try:  # one byte too many is enough to refuse it for
-            self._waiting.put_nowait(replace(message, payload=message.payload[: MAX_REQUEST_BYTES + 1]))
-        except queue.Full:
-            self._dropped += 1  # its asker asks again
+        # One byte too many is enough to refuse it for.
+        self._waiting.put(replace(message, payload=message.payload[: MAX_REQUEST_BYTES + 1]))
 
     def _connected(self, connected: Connected) -> None:
         level = logging.INFO if connected.epoch == 1 else logging.DEBUG

@@ -1,9 +1,12 @@
-"""What keeps a hostile asker from filling the disk or the processor: how often it is heard, and how often it is told of."""
+"""What keeps a hostile asker from filling memory, disk or processor: how often it is heard, where it waits, how often it is told of."""
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
+
+from side_tuning.broker_connection import Message
 
 ASKERS = 4096  # remembered at once; forgetting one only means that it is heard once more
 HEARD_EVERY_SECONDS = 1.0
@@ -30,6 +33,34 @@ class Gate:
         if len(self._heard) > ASKERS:
             self._heard.popitem(last=False)
         return True
+
+
+class Waiting:
+    """Requests in the order of their askers' arrival: one an asker, its newest, and bounded."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._messages: OrderedDict[str, Message] = OrderedDict()
+        self._changed = threading.Condition()
+        self.dropped = 0  # came while there was no room; their askers ask again
+
+    def __len__(self) -> int:
+        return len(self._messages)
+
+    def put(self, message: Message) -> None:
+        """Called by the network thread; never blocks."""
+        with self._changed:
+            if message.topic not in self._messages and len(self._messages) >= self._most:
+                self.dropped += 1
+                return
+            self._messages[message.topic] = message
+            self._changed.notify()
+
+    def take(self, wait_seconds: float) -> Message | None:
+        with self._changed:
+            if not self._messages:
+                self._changed.wait(wait_seconds)
+            return self._messages.popitem(last=False)[1] if self._messages else None
 
 
 @dataclass

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.enrolment_limits import ASKERS, ROWS_PER_MINUTE, Gate, Refusals
+from coordinator.enrolment_limits import ASKERS, ROWS_PER_MINUTE, Gate, Refusals, Waiting
 from coordinator.enrolment_rules import MOST_PER_DAY, RequestFacts, decide_claim, decide_renewal
 from coordinator.store.identities import CertificateRow, ClaimRow, IdentityRow
+from side_tuning.broker_connection import Message
 
 NOW = datetime(2026, 5, 1, 12, tzinfo=timezone.utc)
 HOUR = timedelta(hours=1)
@@ -169,6 +170,15 @@ def test_an_asker_is_heard_once_a_second_and_memory_stays_bounded():
     for number in range(2 * ASKERS):
         gate.admit(f"asker {number}", 2.0)
     assert len(gate._heard) <= ASKERS
+
+
+def test_an_asker_waits_in_one_place_with_its_newest_request_and_the_queue_is_bounded():
+    waiting = Waiting(2)
+    for topic, payload in (("a", b"1"), ("b", b"2"), ("a", b"3"), ("c", b"4")):
+        waiting.put(Message(topic, payload, False, 1, 1, 1))
+    assert waiting.dropped == 1
+    assert [(one.topic, one.payload) for one in (waiting.take(0), waiting.take(0))] == [("a", b"3"), ("b", b"2")]
+    assert waiting.take(0.01) is None
 
 
 def test_refusals_are_told_ever_more_rarely_with_their_number():
