@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
-from sqlalchemy import exists, select
+from sqlalchemy import exists, func, select
 from sqlalchemy.orm import Session
 
 from coordinator.store.audit import audit, printable
@@ -255,8 +255,12 @@ def revoked_claims(session: Session, now: datetime) -> list[tuple[str, datetime]
     Claims that have expired need no list.
     """
     came_into_use = exists().where(Certificate.claim == Claim.id, Certificate.seen_at.is_not(None))
-    query = select(Claim).where(Claim.expires_at > now, Claim.withdrawn_at.is_not(None) | came_into_use).order_by(Claim.serial)
-    return [(row.serial, row.withdrawn_at or row.spent_at or now) for row in session.scalars(query)]
+    query = (
+        select(Claim.serial, func.coalesce(Claim.withdrawn_at, Claim.spent_at, now, type_=Claim.created_at.type))
+        .where(Claim.expires_at > now, Claim.withdrawn_at.is_not(None) | came_into_use)
+        .order_by(Claim.serial)
+    )
+    return [(serial, at) for serial, at in session.execute(query)]
 
 
 # Certificates.
@@ -348,8 +352,12 @@ def revoke_certificate(session: Session, serial: str, *, at: datetime, actor: st
 
 def revoked_certificates(session: Session, now: datetime) -> list[tuple[str, datetime]]:
     """(serial, since when) for the revocation list; expired certificates need no list."""
-    query = select(Certificate).where(Certificate.revoked_at.is_not(None), Certificate.expires_at > now).order_by(Certificate.serial)
-    return [(row.serial, row.revoked_at) for row in session.scalars(query) if row.revoked_at is not None]
+    query = (
+        select(Certificate.serial, Certificate.revoked_at)
+        .where(Certificate.revoked_at.is_not(None), Certificate.expires_at > now)
+        .order_by(Certificate.serial)
+    )
+    return [(serial, at) for serial, at in session.execute(query) if at is not None]
 
 
 # Shared pieces.

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import threading
 from datetime import datetime, timedelta
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from sqlalchemy.orm import Session
 
 from coordinator.store.audit import audit, audit_entries
-from coordinator.store.engine import Store
+from coordinator.store.engine import Store, open_store
 from coordinator.store.identities import (
     IdentityError,
     add_certificate,
@@ -186,3 +191,92 @@ def test_a_transaction_that_fails_leaves_no_audit_row_either(store: Store):
         fail(session)
     with store.read() as session:
         assert (find_identity(session, "kitchen"), audit_entries(session)) == (None, [])
+
+
+def test_of_two_who_spend_a_claim_at_once_one_succeeds(store: Store):
+    """Two programs on one database: the second waits for the first, then finds the claim spent."""
+    names = [f"claim-{number:032x}" for number in range(8)]
+    with store.write() as session:
+        for name in names:
+            claim(session, name, f"device-{name[-2:]}")
+    start, won = threading.Barrier(2), {"a" * 64: set(), "b" * 64: set()}
+
+    def spend(key: str, own: Store) -> None:
+        for name in names:
+            start.wait(60)
+            with own.write() as session:
+                if spend_claim(session, name, key_digest=key, at=after(1)):
+                    won[key].add(name)
+
+    other = open_store(store.url.render_as_string(hide_password=False))
+    threads = [threading.Thread(target=spend, args=pair) for pair in zip(won, (store, other), strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    other.close()
+    first, second = won.values()
+    assert first | second == set(names)
+    assert not first & second
+    with store.read() as session:
+        for key, claims in won.items():
+            assert {row.id for row in claims_of(session) if row.key_digest == key} == claims
+
+
+_numbers = itertools.count()
+_ACTS = st.lists(st.sampled_from(["claim", "hold", "approve", "spend", "withdraw", "revoke", "readmit", "seen", "wait"]), max_size=25)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(_ACTS)
+def test_whatever_people_and_devices_do_these_things_hold(sqlite_store: Store, acts: list[str]):
+    """At most one open claim; one certificate per claim; revoked: nothing is open and nothing is valid; all is audited."""
+    device, newest, clock = f"device-{next(_numbers)}", "", 0.0
+    serials = itertools.count()
+
+    def act(session: Session, name: str) -> bool | object:
+        nonlocal newest
+        at = after(clock)
+        if name == "claim":
+            newest = f"claim-{next(_numbers):032x}"
+            return add_claim(session, newest, device, serial=f"{next(_numbers):x}", at=at, expires_at=at + DAY, actor="a") is not None
+        if name == "hold":
+            return hold_request(session, newest, request=b"%f" % clock, at=at)
+        if name == "approve":
+            return approve_device(session, device, at=at, actor="a")
+        if name == "withdraw":
+            return withdraw_claim(session, newest, at=at, actor="a")
+        if name == "revoke":
+            return revoke_device(session, device, at=at, actor="a")
+        if name == "readmit":
+            return readmit_device(session, device, at=at, actor="a")
+        serial = f"{device}-{next(serials)}"[-40:]
+        if name == "spend" and spend_claim(session, newest, key_digest=KEY, at=at):
+            add_certificate(
+                session, serial=serial, device=device, key_digest=KEY, pem=b"", issued_at=at, expires_at=at + 90 * DAY, claim=newest
+            )
+            return True
+        held = certificates_of(session, device)
+        if name == "seen" and held:
+            mark_certificate_seen(session, device, held[0].serial, at=at)
+        return False
+
+    for name in acts:
+        clock += 90_000.0 if name == "wait" else 1.0
+        with sqlite_store.write() as session:
+            before = len(audit_entries(session, device, 1000))
+            with contextlib.suppress(IdentityError):
+                if act(session, name):
+                    assert len(audit_entries(session, device, 1000)) > before, name
+        with sqlite_store.read() as session:
+            now = after(clock)
+            claims, held = claims_of(session, device), certificates_of(session, device)
+            identity = find_identity(session, device)
+            open_ones = [row for row in claims if row.state(now) in ("open", "waiting", "approved")]
+            assert len(open_ones) <= 1
+            assert len({row.claim for row in held}) == len(held) == len([row for row in claims if row.spent_at])
+            listed = {serial for serial, _ in revoked_claims(session, now)}
+            assert not listed & {row.serial for row in open_ones}
+            if identity is not None and identity.revoked_at is not None:
+                assert not open_ones
+                assert {row.serial for row in held if row.expires_at > now} <= {serial for serial, _ in revoked_certificates(session, now)}
