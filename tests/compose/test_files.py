@@ -67,7 +67,7 @@ def test_a_secret_is_mounted_only_where_it_is_used():
         "authority": {"init", "enrolment"},
         "broker": {"init", "enrolment", "broker (ro)"},
         "signing": {"init", "gateway (ro)"},
-        "gateway-identity": {"init", "gateway (ro)"},
+        "gateway-identity": {"init", "enrolment", "gateway (ro)"},
         "enrolment-identity": {"init", "enrolment"},
         "doctor-identity": {"init", "enrolment"},
     }
