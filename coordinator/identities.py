@@ -191,37 +191,40 @@ def _keep_authority(settings: CoordinatorSettings, name: str, now: datetime, don
 def _keep_certificate(wanted: _Wanted, now: datetime, done: list[str]) -> None:
     # The broker's key may be shared on purpose: with the user or the group that the broker runs as.
     key = load_key(wanted.key_file, shared=wanted.usage == "server").public_key()
-    reason = _reason_to_issue(wanted, key_digest(key), now)
-    if not reason:
-        return
     try:
-        names = [general_name(name) for name in wanted.names]
+        names = {general_name(name): name for name in wanted.names}
     except ValueError as error:
         raise ConfigError(f"broker.host or enrolment.public_host cannot be in a certificate: {error}; use a plain host name or address") from error
-    certificate = wanted.authority.issue(
-        key, wanted.common_name, now=now, days=CERTIFICATE_DAYS, usage=wanted.usage, names=wanted.names
-    )
+    found = _found(wanted)
+    # Names are added, never dropped: devices that were given an earlier one go on reaching the broker under it.
+    earlier = {} if found is None else {name: str(name.value) for name in _names_of(found)}
+    reason = _reason_to_issue(wanted, found, key_digest(key), now) or ("" if names.keys() <= earlier.keys() else "it has a new name")
+    if not reason:
+        return
+    answers_to = [*names.values(), *(text for name, text in earlier.items() if name not in names)]
+    certificate = wanted.authority.issue(key, wanted.common_name, now=now, days=CERTIFICATE_DAYS, usage=wanted.usage, names=answers_to)
     write_atomically(wanted.certificate_file, certificate_pem(certificate), PUBLIC_FILE)
-    known_as = f" for {', '.join(wanted.names)}" if names else ""
+    known_as = f" for {', '.join(answers_to)}" if answers_to else ""
     ends = certificate.not_valid_after_utc
     done.append(f"issued the certificate of {wanted.common_name!r}{known_as}, until {ends:%Y-%m-%d} ({reason}): {wanted.certificate_file}")
 
 
-def _reason_to_issue(wanted: _Wanted, key: str, now: datetime) -> str:
-    """Why the certificate that is there will not do; empty if it will."""
-    file = wanted.certificate_file
-    if not file.exists():
-        return "there was none"
+def _found(wanted: _Wanted) -> x509.Certificate | None:
+    """The certificate that is there, if it is this authority's."""
     try:
-        found = load_certificate(file)
+        found = load_certificate(wanted.certificate_file)
         found.verify_directly_issued_by(wanted.authority.certificate)
-        found_key = key_digest(public_key_of(found))
     except (ValueError, TypeError, InvalidSignature):
-        return "the old one was damaged, or another authority's"
-    if found_key != key or common_name_of(found) != wanted.common_name:
+        return None
+    return found
+
+
+def _reason_to_issue(wanted: _Wanted, found: x509.Certificate | None, key: str, now: datetime) -> str:
+    """Why the certificate that is there will not do; empty if it will."""
+    if found is None:
+        return "the old one was damaged, or another authority's" if wanted.certificate_file.exists() else "there was none"
+    if key_digest(public_key_of(found)) != key or common_name_of(found) != wanted.common_name:
         return "the old one was for another key or name"
-    if _names_of(found) != {general_name(name) for name in wanted.names}:
-        return "its names have changed"
     begins, ends = found.not_valid_before_utc, found.not_valid_after_utc
     if now < begins:
         return "the old one is not valid yet"
@@ -230,11 +233,11 @@ def _reason_to_issue(wanted: _Wanted, key: str, now: datetime) -> str:
     return ""
 
 
-def _names_of(certificate: x509.Certificate) -> set[x509.GeneralName]:
+def _names_of(certificate: x509.Certificate) -> list[x509.GeneralName]:
     try:
-        return set(certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
+        return list(certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
     except x509.ExtensionNotFound:
-        return set()
+        return []
 
 
 def _is_list_of(authority: Authority, file: Path) -> bool:
