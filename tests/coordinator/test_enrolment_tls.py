@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -10,15 +12,16 @@ from cryptography import x509
 
 from coordinator.authority import key_pem, new_key, serial_hex
 from coordinator.settings import load_settings
-from coordinator.store.engine import open_store
-from coordinator.store.identities import mark_certificate_seen
+from edge_agent import renewal
+from edge_agent.settings import AgentSettings
+from edge_agent.trusted_clock import TrustedClock
 from side_tuning.broker_connection import BrokerConnection
 from side_tuning.broker_settings import BrokerSettings
 from side_tuning.bundle import read_bundle
 from side_tuning.wire import topics
+from side_tuning.wire.messages import Command, Health
 from tests.brokers import RunningBroker, free_port, mosquitto_program, needs_mosquitto
-from tests.coordinator.enrolling import Asker, certificate_of
-from tests.coordinator.fleet import now
+from tests.coordinator.enrolling import Asker, certificate_of, listed
 from tests.tls_broker import BROKER_CONFIG, write_configuration
 from tests.waiting import wait_until
 
@@ -35,9 +38,10 @@ def coordinator(config, *arguments):
     return done.stdout
 
 
-@pytest.fixture
-def fleet(tmp_path):
-    """Initialised, the broker and the enrolment program running; the configuration file."""
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory):
+    """Initialised; the broker, the enrolment program and the gateway running; the configuration file."""
+    tmp_path = tmp_path_factory.mktemp("fleet")
     port, claims_port = free_port(), free_port()
     config = tmp_path / "coordinator.toml"
     config.write_text(
@@ -52,15 +56,20 @@ def fleet(tmp_path):
     command = ["env", *(f"{name}={value}" for name, value in environment.items()), "sh", str(BROKER_CONFIG / "start-broker")]
     broker = RunningBroker(command, port, tmp_path / "broker.log")
     broker.start()
-    log = tmp_path / "enrolment.log"
-    with log.open("wb") as file:
-        program = subprocess.Popen([sys.executable, "-m", "coordinator.cli", "enrolment", "--config", str(config)], stderr=file)
+    programs = []
+    for name in ("enrolment", "gateway"):
+        log = tmp_path / f"{name}.log"
+        with log.open("wb") as file:
+            programs.append(subprocess.Popen([sys.executable, "-m", "coordinator.cli", name, "--config", str(config)], stderr=file))
     try:
-        wait_until(lambda: "listening to" in log.read_text(), WAIT_SECONDS, f"the enrolment program runs: {log}")
+        for name in ("enrolment", "gateway"):
+            wait_until(lambda name=name: "listening to" in (tmp_path / f"{name}.log").read_text(), WAIT_SECONDS, f"the {name} runs: {tmp_path}")
         yield config
     finally:
-        program.terminate()
-        program.wait(60)
+        for program in programs:
+            program.terminate()
+        for program in programs:
+            program.wait(60)
         broker.stop()
 
 
@@ -84,8 +93,13 @@ class Client:
         return self.connection
 
 
+def report(connection, certificate):
+    device = connection.client_id
+    health = Health("online", f"s{connection.epoch}", time.time(), certificate_serial=serial_hex(certificate))
+    assert connection.publish(topics.health(device), health.to_bytes(), retain=True).wait(30)
+
+
 def test_from_a_bundle_to_a_certificate_and_out_again(fleet, tmp_path):
-    settings = load_settings(fleet)
     coordinator(fleet, "enrol", "kitchen", "--out", str(tmp_path / "bundle.json"))
     bundle = read_bundle(tmp_path / "bundle.json")
     claim = Client(tmp_path / "claim", bundle, bundle.claim_certificate.encode(), bundle.claim_key.encode(), port=bundle.claims_port)
@@ -100,11 +114,8 @@ def test_from_a_bundle_to_a_certificate_and_out_again(fleet, tmp_path):
     connection = device.connect()
     wait_until(lambda: connection.connected, WAIT_SECONDS, "the device comes in with its certificate")
 
-    # The gateway would note it from the first health message; from then on the bundle is worthless.
-    store = open_store(settings.database_url)
-    with store.write() as session:
-        mark_certificate_seen(session, "kitchen", serial_hex(certificate), at=now())
-    store.close()
+    # The gateway notes it from the first health message; from then on the bundle is worthless.
+    report(connection, certificate)
 
     def bundle_is_worthless():
         again = BrokerConnection(claim.settings, bundle.claim)
@@ -138,3 +149,54 @@ def test_from_a_bundle_to_a_certificate_and_out_again(fleet, tmp_path):
     for words in ("claim issued", "certificate issued", "certificate renewed", "device revoked"):
         assert words in audit
     assert topics.CLAIM_PREFIX in audit
+
+
+def test_the_agents_own_enrolment_and_renewal_with_the_coordinators(fleet, tmp_path, monkeypatch):
+    """`edge-agent enrol`, then `coordinator devices rotate`: order -> new key -> new certificate -> seen -> the old one is revoked."""
+    monkeypatch.setattr(renewal, "LOOK_SECONDS", 0.1)
+    bundle, state = tmp_path / "bundle.json", tmp_path / "state"
+    coordinator(fleet, "enrol", "attic", "--out", str(bundle))
+    command = [sys.executable, "-m", "edge_agent.cli", "enrol", "--bundle", str(bundle), "--state", str(state)]
+    enrolled = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_SECONDS, check=False)
+    assert enrolled.returncode == 0, enrolled.stderr
+    assert not bundle.exists()
+
+    orders = []
+
+    def arrived(message):
+        if message.topic == topics.command("attic"):
+            orders.append(Command.from_bytes(message.payload))
+            renewing.ask_now()
+        else:
+            renewing.offer(message)
+
+    agent = AgentSettings(state_directory=state, backbone={"folder": state})
+    connection = BrokerConnection(
+        agent.broker, "attic", subscriptions=[topics.command("attic"), topics.certificate_answer("attic")], on_message=arrived
+    )
+    renewing = renewal.Renewal(connection, state, TrustedClock(state, time.time))
+    ending = threading.Event()
+    thread = threading.Thread(target=renewing.run, args=(ending,))
+    connection.start()
+    thread.start()
+    try:
+        wait_until(lambda: connection.connected, WAIT_SECONDS)
+        first = present_certificate(state)
+        report(connection, first)
+        coordinator(fleet, "devices", "rotate", "attic")
+        wait_until(lambda: present_certificate(state) != first and connection.epoch > 1, WAIT_SECONDS, "it comes back with a new certificate")
+        assert [order.name for order in orders] == ["renew-certificate"]
+        assert present_certificate(state).public_key() != first.public_key()
+        wait_until(lambda: connection.connected, WAIT_SECONDS)
+        report(connection, present_certificate(state))
+        revocations = load_settings(fleet).broker_directory / "fleet-revoked.pem"
+        wait_until(lambda: serial_hex(first) in listed(revocations), WAIT_SECONDS, "the old one is revoked")
+    finally:
+        ending.set()
+        thread.join()
+        connection.stop()
+    assert renewing.error == ""
+
+
+def present_certificate(state):
+    return x509.load_pem_x509_certificate((state / "identity" / "client.pem").read_bytes())
