@@ -35,6 +35,7 @@ from coordinator.authority import (
     read_request,
     serial_hex,
 )
+from coordinator.certificate_dates import enrolments_dates
 from coordinator.cut_off import CutOffs
 from coordinator.enrolment_limits import Gate, Refusals, Waiting
 from coordinator.enrolment_rules import Decision, RequestFacts, decide_claim, decide_renewal
@@ -135,6 +136,7 @@ class Enrolment:
         self._chores_at = self._ticked_at = time.monotonic()
         self._tries: Counter[str] = Counter()  # in a row, by what they keep from happening
         self._answered: Counter[str] = Counter()
+        self._dates = enrolments_dates(settings)
 
     def run(self, stop: threading.Event) -> None:
         """Serve until `stop`.
@@ -179,6 +181,7 @@ class Enrolment:
             "answers_waiting": self._answered["waiting"],
             "answers_refused": self._answered["refused"],
             "cut_offs_pending": self.cut_offs.pending,
+            **self._dates(),
         }
 
     def _looping(self) -> bool:

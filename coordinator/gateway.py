@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy.orm import Session
 
+from coordinator.certificate_dates import CertificateDates, own_certificate
 from coordinator.chores import Chores
 from coordinator.counters import Commits, Counters, Reports, gateway_figures
 from coordinator.files import held
@@ -324,6 +325,7 @@ class Gateway:
         self._outbox = Outbox(settings, store, self.connection, ensure_signing_key(settings), now)
         self._failure: BaseException | None = None
         self._ticked_at = time.monotonic()
+        self._dates = CertificateDates(own_certificate(settings, "gateway"), {})
 
     def run(self, stop: threading.Event) -> None:
         """Serve until `stop`; then finish what has been received, commit, acknowledge, leave.
@@ -363,7 +365,7 @@ class Gateway:
         writer = self.writer
         return gateway_figures(
             writer.counters, writer.commits, self._intake, self.connection, wal_bytes=self._store.log_bytes, now=self._now()
-        )
+        ) | self._dates()
 
     def _looping(self) -> bool:
         now = time.monotonic()

@@ -24,11 +24,12 @@ from coordinator.settings import CoordinatorSettings
 from coordinator.store.engine import Store
 from coordinator.store.errors import StoreError
 from coordinator.store.fleet import DeviceOverview
-from dashboards.measures import FileDates, Measures, take_measures
+from dashboards.measures import Measures, take_measures
 from dashboards.snapshot import STATES, FleetSnapshot
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _LABEL_CHARACTERS = 64
+_MOST_DATES = 16  # certificates that one program tells of
 
 Kind = Literal["counter", "gauge"]
 _FAMILIES = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily}
@@ -154,6 +155,10 @@ def _fleet(snapshot: FleetSnapshot, measures: Measures) -> Iterator[Metric]:
     totals, ledger = snapshot.totals, snapshot.totals.ledger
     yield _labelled("devices", "Devices by state.", "state", snapshot.states())
     yield _gauge("devices_unbalanced", "Devices whose loss ledger does not balance.", sum(not d.ledger.balanced for d in snapshot.devices))
+    access = snapshot.access.values()
+    yield _gauge("devices_enrolled", "Devices that have had a certificate and are not revoked.", sum(a.enrolled_at is not None and a.revoked_at is None for a in access))
+    yield _gauge("devices_revoked", "Devices that may no more come in.", sum(a.revoked_at is not None for a in access))
+    yield _gauge("devices_waiting_for_approval", "Devices whose first certificate request waits for a person.", sum(a.waits_since is not None for a in access))
     yield _counter("frames_stored", "Frames stored.", totals.frames_stored)
     yield _counter("samples_stored", "Samples stored.", totals.samples_stored)
     yield _counter("payload_stored_bytes", "Payload of the stored frames.", totals.bytes_stored)
@@ -205,6 +210,12 @@ PROGRAM_FIGURES: dict[tuple[str, str], tuple[str, Kind, str]] = {
     ("gateway", "commit_seconds_last"): ("gateway_commit_seconds", "gauge", "How long the newest batch took to reach the disk."),
     ("gateway", "commit_seconds_average"): ("gateway_commit_average_seconds", "gauge", "The same, over about the last twenty batches."),
     ("gateway", "broker_certificate_expires_at"): ("gateway_broker_certificate_expiry_timestamp_seconds", "gauge", "When the certificate that the broker shows expires."),
+    ("enrolment", "connected"): ("enrolment_connected", "gauge", "1 while the enrolment program is connected to the broker."),
+    ("enrolment", "answers_issued"): ("enrolment_certificates_issued", "counter", "Certificates issued since the program started, the same one again included."),
+    ("enrolment", "answers_waiting"): ("enrolment_requests_held", "counter", "Answers that a request waits for approval."),
+    ("enrolment", "answers_refused"): ("enrolment_requests_refused", "counter", "Requests refused by the rules."),
+    ("enrolment", "turned_away"): ("enrolment_requests_turned_away", "counter", "Requests of askers that ask more than once a second."),
+    ("enrolment", "cut_offs_pending"): ("enrolment_cut_offs_pending", "gauge", "Revoked devices whose connection is not ended yet."),
     ("trainer", "step"): ("trainer_steps", "counter", "Steps of the current run."),
     ("trainer", "samples"): ("trainer_samples", "gauge", "Labelled train samples that the trainer draws from."),
     ("trainer", "samples_drawn"): ("trainer_samples_drawn", "counter", "Samples drawn in the current run, repeats included."),
@@ -243,12 +254,18 @@ def _server(snapshot: FleetSnapshot, measures: Measures) -> Iterator[Metric]:
         yield _gauge("disk_size_bytes", "Size of the disk of the data directory.", measures.disk_size_bytes)
     yield _labelled(
         "certificate_expiry_timestamp_seconds", "When a certificate of the broker, an authority or a server program expires.", "certificate",
-        {name: _at(at) for name, at in measures.certificates.items()},
+        _dates(statuses, "certificates"),
     )
     yield _labelled(
         "revocation_list_next_update_timestamp_seconds", "When a revocation list expires: from then on the broker lets nobody in.", "authority",
-        {name: _at(at) for name, at in measures.revocation_lists.items()},
+        _dates(statuses, "revocation_lists"),
     )
+
+
+def _dates(statuses: Mapping[str, Mapping[str, Any]], key: str) -> dict[str, float | None]:
+    """What the programs tell of the files that each can see (coordinator/certificate_dates.py)."""
+    told = [status.get(key) for status in statuses.values()]
+    return {str(name): number(at) for dates in told if isinstance(dates, dict) for name, at in list(dates.items())[:_MOST_DATES]}
 
 
 def number(value: Any) -> float | None:
@@ -294,7 +311,7 @@ def _device_certificates(shown: list[DeviceOverview], measures: Measures) -> Ite
 
 
 class FleetCollector(Collector):
-    """Looks whenever it is asked; holds nothing between two scrapes but the dates in certificates.
+    """Looks whenever it is asked; holds nothing between two scrapes.
 
     Args:
         snapshot: the fleet as every page shows it; raises StoreError.
@@ -307,12 +324,11 @@ class FleetCollector(Collector):
         self._snapshot = snapshot
         self._reader = reader
         self._settings = settings
-        self._dates = FileDates()
 
     def collect(self) -> Iterator[Metric]:
         try:
             snapshot = self._snapshot()
-            measures = take_measures(self._reader(), snapshot, self._settings, self._dates)
+            measures = take_measures(self._reader(), snapshot, self._settings)
         except StoreError:
             # Said as a figure, so that an alert can tell it from a dashboard that is down.
             yield _gauge("store_up", "1 while the store can be read.", 0)

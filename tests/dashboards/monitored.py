@@ -17,10 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from prometheus_client import CollectorRegistry, generate_latest
 
 from coordinator.settings import CoordinatorSettings
@@ -58,8 +54,11 @@ def promtool(*arguments: str | Path) -> str:
 
 def full_report(at: datetime, produced: int = 2, spooled: int = 0, **more: Any) -> Health:
     """A health report with every field that a metric shows."""
+    said = report(produced, produced - spooled, spooled, floor=2, at=at)
+    assert said.spool is not None
     return replace(
-        report(produced, produced - spooled, spooled, floor=2, at=at),
+        said,
+        spool=replace(said.spool, oldest_age_seconds=12.0 if spooled else 0.0),
         agent_version="1.0",
         checkpoint=1,
         plan_version=1,
@@ -101,12 +100,19 @@ def fill(store: Store, now: datetime) -> None:
             "looping": True, "connected": True, "queue_messages": 3, "dropped_messages": 0, "unattributable": 0, "health": 7,
             "oldest_uncommitted_seconds": None, "commit_seconds_last": 0.01, "commit_seconds_average": 0.02,
             "broker_certificate_expires_at": now.timestamp() + 86_400, "broker": "broker:8883",
+            "certificates": {"gateway": now.timestamp() + 20 * 86_400}, "revocation_lists": {},
         }  # fmt: skip
         trainer = {
             "looping": True, "step": 10, "samples": 400, "samples_drawn": 1280, "samples_per_second": 12.5, "samples_pending": 100,
             "waiting_for_samples": False, "loss": 0.5, "replay_ratio": 3.2, "replay_ratio_limit": 20.0, "error": "",
         }  # fmt: skip
-        for name, status in (("gateway", gateway), ("trainer", trainer), ("enrolment", {"looping": True})):
+        enrolment = {
+            "looping": True, "connected": True, "answers_issued": 2, "answers_waiting": 0, "answers_refused": 1, "turned_away": 0,
+            "cut_offs_pending": 0,
+            "certificates": dict.fromkeys(("broker", "fleet-authority", "claims-authority"), now.timestamp() + 30 * 86_400),
+            "revocation_lists": dict.fromkeys(("fleet", "claims"), now.timestamp() + 30 * 86_400),
+        }  # fmt: skip
+        for name, status in (("gateway", gateway), ("trainer", trainer), ("enrolment", enrolment)):
             session.add(ProgramRow(name=name, started_at=now, at=now, status=status))
 
 
@@ -130,25 +136,6 @@ def scraped(settings: CoordinatorSettings, store: Store) -> str:
     registry = CollectorRegistry(auto_describe=False)
     registry.register(FleetCollector(lambda: snapshot_of(store, datetime.now(timezone.utc)), lambda: store, settings))
     return generate_latest(registry).decode("utf-8")
-
-
-def write_authorities(folder: Path, now: datetime, days: float) -> None:
-    """The public files that a broker reads: two authorities, its certificate, two revocation lists."""
-    folder.mkdir(parents=True, exist_ok=True)
-    key = ec.generate_private_key(ec.SECP256R1())
-    ends = now + timedelta(days=days)
-    for name in ("broker", "fleet-authority", "claims-authority"):
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        certificate = (
-            x509.CertificateBuilder().subject_name(subject).issuer_name(subject).public_key(key.public_key())
-            .serial_number(x509.random_serial_number()).not_valid_before(now - timedelta(hours=1)).not_valid_after(ends)
-            .sign(key, hashes.SHA256())
-        )  # fmt: skip
-        (folder / f"{name}.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    for name in ("fleet", "claims"):
-        issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{name}-authority")])
-        revoked = x509.CertificateRevocationListBuilder().issuer_name(issuer).last_update(now).next_update(ends).sign(key, hashes.SHA256())
-        (folder / f"{name}-revoked.pem").write_bytes(revoked.public_bytes(serialization.Encoding.PEM))
 
 
 @contextmanager

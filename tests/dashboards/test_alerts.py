@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from tests.dashboards.monitored import (
     needs_prometheus,
     promtool,
     scraped,
-    write_authorities,
 )
 
 RULES: list[dict[str, Any]] = [
@@ -52,7 +50,6 @@ def test_an_alert_says_how_grave_it_is_what_it_means_and_where_to_read_on(rule: 
 
 def test_alerts_look_at_metrics_that_exist(tmp_path: Path):
     with filled_store(tmp_path) as (settings, store):
-        write_authorities(settings.broker_directory, datetime.now(timezone.utc), 30)
         text = scraped(settings, store)
     exposed = {sample.name for family in text_string_to_metric_families(text) for sample in family.samples}
     wanted = {name for rule in RULES for name in re.findall(r"\bmobillm_\w+", rule["expr"])}

@@ -8,7 +8,7 @@ import subprocess
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,7 @@ from coordinator.store.health import record_health
 from coordinator.store.ingest import insert_frames
 from coordinator.store.models import ProgramRow
 from dashboards.app import make_app
-from dashboards.measures import FileDates, Measures, take_measures
+from dashboards.measures import Measures, take_measures
 from dashboards.metrics import CONTENT_TYPE, clean, metric_families
 from tests.brokers import free_port
 from tests.dashboards.fleets import dashboard_settings
@@ -37,7 +37,6 @@ from tests.dashboards.monitored import (
     served,
     snapshot_of,
     wait_for_scrapes,
-    write_authorities,
 )
 from tests.store.conftest import postgres, postgres_url, sqlite_store, store, url  # noqa: F401 - fixtures
 from tests.store.frames import START, after, make_frame, received
@@ -51,7 +50,7 @@ def settings(tmp_path: Path) -> CoordinatorSettings:
 
 def families_of(settings: CoordinatorSettings, store: Store, now: datetime = START, shown: int = 1000) -> list[Metric]:
     snapshot = snapshot_of(store, now)
-    return list(metric_families(snapshot, take_measures(store, snapshot, settings, FileDates()), shown))
+    return list(metric_families(snapshot, take_measures(store, snapshot, settings), shown))
 
 
 def values(families: list[Metric]) -> dict[tuple[str, ...], float]:
@@ -84,6 +83,9 @@ def test_every_figure_of_a_fleet(settings: CoordinatorSettings, store: Store):
         ("mobillm_gateway_oldest_uncommitted_seconds",): 0,
         ("mobillm_program_last_beat_timestamp_seconds", "gateway"): START.timestamp(),
         ("mobillm_trainer_steps_total",): 10,
+        ("mobillm_certificate_expiry_timestamp_seconds", "gateway"): START.timestamp() + 20 * 86_400,
+        ("mobillm_certificate_expiry_timestamp_seconds", "broker"): START.timestamp() + 30 * 86_400,
+        ("mobillm_revocation_list_next_update_timestamp_seconds", "claims"): START.timestamp() + 30 * 86_400,
         ("mobillm_device_ledger_balanced", "attic"): 0,
         ("mobillm_device_ledger_balanced", "kitchen"): 1,
         ("mobillm_device_samples_missing", "attic"): 7,
@@ -104,7 +106,6 @@ def test_every_figure_of_a_fleet(settings: CoordinatorSettings, store: Store):
 def test_names_follow_the_conventions(tmp_path: Path):
     """Unique, a help text each, counters end in _total; and promtool's linter has nothing to say."""
     with filled_store(tmp_path) as (settings, store):
-        write_authorities(settings.broker_directory, datetime.now(timezone.utc), 30)
         text = scraped(settings, store)
     families = list(text_string_to_metric_families(text))
     assert len({family.name for family in families}) == len(families) > 80
@@ -155,25 +156,11 @@ def test_labels_cannot_break_out(settings: CoordinatorSettings, store: Store):
 
 def test_a_status_from_another_version_is_passed_over(settings: CoordinatorSettings, store: Store):
     with store.write() as session:
-        odd = {"connected": "yes", "queue_messages": [1], "commit_seconds_last": None, "looping": {}, "error": ["x"], "health": 10**400}
+        odd = {"connected": "yes", "queue_messages": [1], "commit_seconds_last": None, "looping": {}, "error": ["x"], "health": 10**400, "certificates": {"broker": "soon"}}
         session.add(ProgramRow(name="gateway", started_at=START, at=START, status=odd))
     found = values(families_of(settings, store))
-    assert not [key for key in found if key[0].startswith("mobillm_gateway")]
+    assert not [key for key in found if key[0].startswith(("mobillm_gateway", "mobillm_certificate"))]
     assert found["mobillm_program_last_beat_timestamp_seconds", "gateway"] == START.timestamp()
-
-
-def test_certificates_and_revocation_lists_are_watched(tmp_path: Path):
-    with filled_store(tmp_path, START) as (settings, store):
-        folder, dates, snapshot = settings.broker_directory, FileDates(), snapshot_of(store, START)
-        write_authorities(folder, START, 30)
-        found = take_measures(store, snapshot, settings, dates)
-        assert set(found.certificates) == {"broker", "fleet-authority", "claims-authority"}
-        assert found.revocation_lists == {name: START + timedelta(days=30) for name in ("fleet", "claims")}
-        write_authorities(folder, START, 60)
-        (folder / "fleet-revoked.pem").write_text("half a fi")
-        found = take_measures(store, snapshot, settings, dates)
-    assert found.certificates["broker"] == START + timedelta(days=60), "a renewed file is read again"
-    assert set(found.revocation_lists) == {"claims"}, "a damaged one has no figure"
 
 
 def test_a_store_that_is_not_there_is_told_as_a_figure(settings: CoordinatorSettings):
