@@ -95,7 +95,7 @@ def troubles_of(one: DeviceOverview, access: DeviceAccess | None, now: datetime)
         side = "behind" if one.clock_offset_seconds < 0 else "ahead"
         found.append(f"its clock is {span(one.clock_offset_seconds)} {side}: let it reach a time server")
     if one.rejected_frames:
-        found.append(f"{one.rejected_frames} frames rejected")
+        found.append(f"{one.rejected_frames} frame{'' if one.rejected_frames == 1 else 's'} rejected")
     if health is None:
         return tuple(found)
     if health.plan_error:

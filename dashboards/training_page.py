@@ -24,7 +24,8 @@ POINTS = 300
 SHARES = 100
 ARRIVALS_WINDOW = timedelta(hours=1)
 MAX_DESCRIPTION_BYTES = 1_000_000
-TRAINER_NAMES = ("trainer", "train")
+TRAINER = "trainer"
+SILENT_AFTER = timedelta(seconds=30)  # it speaks every five
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ async def training_updates(request: Request) -> Response:
 
 def training_values(view: View, snapshot: FleetSnapshot) -> dict[str, Any]:
     """What the training page's templates show."""
-    status = next((one for one in snapshot.programs if one.name in TRAINER_NAMES), None)
+    status = next((one for one in snapshot.programs if one.name == TRAINER), None)
     backbone: list[Measured] = []
     worst: list[Measured] = []
     with view.access.reader().read() as session:
@@ -73,7 +74,9 @@ def training_values(view: View, snapshot: FleetSnapshot) -> dict[str, Any]:
     return {
         "snapshot": snapshot,
         "trainer": status,
-        "figures": {name: value for name, value in figures.items() if isinstance(value, int | float | str)},
+        "alive": status is not None and snapshot.at - status.at < SILENT_AFTER,
+        "figures": {name: value if isinstance(value, int | float) else None for name, value in figures.items()},
+        "error": str(figures.get("error") or ""),
         "newest": snapshot.accuracy[-1] if snapshot.accuracy else None,
         "worst": {one.step: one for one in worst},
         "newest_worst": worst[-1] if worst else None,
@@ -94,13 +97,13 @@ def _by_step(measured: list[Measured]) -> dict[int, dict[str, Measured]]:
 
 def shares_of(figures: Mapping[str, Any], arrived: Mapping[str, int]) -> list[Share]:
     """Shares by device, those with most arrivals first. The trainer says whose samples its recent batches held."""
-    batches = next((value for name, value in figures.items() if "share" in name and isinstance(value, dict)), {})
-    drawn = {str(name): float(value) for name, value in batches.items() if isinstance(value, int | float)}
-    total, total_drawn = sum(arrived.values()), sum(drawn.values())
+    batches = figures.get("shares")
+    drawn = {name: float(value) for name, value in batches.items() if isinstance(value, int | float)} if isinstance(batches, dict) else {}
+    total = sum(arrived.values())
     shares = [
         Share(
             name,
-            drawn[name] / total_drawn if name in drawn and total_drawn else (0.0 if drawn else None),
+            drawn.get(name, 0.0) if drawn else None,
             arrived.get(name, 0) / total if total else None,
         )
         for name in sorted({*arrived, *drawn}, key=lambda name: (-arrived.get(name, 0), name))

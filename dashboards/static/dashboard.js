@@ -44,6 +44,13 @@
     if (value == null) return "–";
     return percent ? `${(value * 100).toFixed(1)} %` : Number(value.toPrecision(4)).toString();
   }
+  const utc = (seconds) => new Date(seconds * 1000).toISOString(); // as every time on the pages
+  function clock(u, ticks, _, __, step) {
+    return ticks.map((tick) => {
+      if (step >= 86400) return utc(tick).slice(5, 10);
+      return tick % 86400 === 0 ? `${utc(tick).slice(5, 10)}\n00:00` : utc(tick).slice(11, step < 60 ? 19 : 16);
+    });
+  }
   function draw(holder) {
     const table = holder.querySelector("table.data");
     if (!table || typeof uPlot === "undefined") return;
@@ -73,8 +80,9 @@
     const plot = new uPlot({
       width, height: 220,
       scales: percent ? { y: { range: (_, low, high) => [Math.max(0, Math.floor((low - 0.02) * 20) / 20), Math.min(1, Math.ceil((high + 0.02) * 20) / 20)] } } : { y: { range: (_, low, high) => [0, (high || 1) * 1.1] } },
-      axes: [axis, { ...axis, size: 62, values: (_, ticks) => ticks.map((tick) => (percent ? `${Math.round(tick * 100)} %` : show(tick))) }],
-      series: [{}, ...names.map((name, n) => ({
+      tzDate: (seconds) => uPlot.tzDate(new Date(seconds * 1000), "Etc/UTC"),
+      axes: [{ ...axis, values: clock }, { ...axis, size: 62, values: (_, ticks) => ticks.map((tick) => (percent ? `${Math.round(tick * 100)} %` : show(tick))) }],
+      series: [{ label: "UTC", value: (_, value) => (value == null ? "–" : utc(value).slice(5, 19).replace("T", " ")) }, ...names.map((name, n) => ({
         label: name, stroke: COLOURS[n % COLOURS.length], width: 2, spanGaps: true,
         dash: /expected/.test(name) ? [6, 5] : undefined, points: { show: data[0].length < 60, size: 5 }, value: (_, value) => show(value, percent),
       }))],

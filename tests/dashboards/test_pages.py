@@ -88,9 +88,9 @@ def test_training_shows_accuracy_shares_and_who_runs_which_checkpoint(client, st
     generation = make_training(store, folder)
     say(store, "kitchen", 6, checkpoint=generation)
     with store.write() as session:
-        record_program(session, "trainer", started_at=now(), at=now(), status={"samples_per_second": 321.5, "loss": 0.417, "batch_shares": {"kitchen": 0.25, "attic": 0.75}})
+        record_program(session, "trainer", started_at=now(), at=now(), status={"samples_per_second": 321.5, "loss": 0.417, "shares": {"kitchen": 0.25, "attic": 0.75}})
     page = client.get("/training").text
-    for words in ("83.0 %", "73.0 %", "321.5", "0.417", "25.0 %", "33.3 %", "feed" * 16, f"checkpoint {generation}: 1 devices"):
+    for words in ("83.0 %", "73.0 %", "322", "0.417", "25.0 %", "33.3 %", "feed" * 16, f"checkpoint {generation}: 1 devices"):
         assert words in page, words
     assert f'data-mark="{generation}"' in page
 
@@ -154,7 +154,7 @@ def hostile(store):
         insert_rejection(session, device="kitchen", topic=HOSTILE, payload=b"x", reason=HOSTILE, received_at=now())
         audit(session, at=now(), actor=HOSTILE, action=HOSTILE, device=HOSTILE, detail=HOSTILE)
         session.add(Identity(device="<script>alert(2)<\\script>", group=HOSTILE, created_at=now(), revoked_reason=""))
-        record_program(session, "trainer", started_at=now(), at=now(), status={"error": HOSTILE, HOSTILE: 1})
+        record_program(session, "trainer", started_at=now(), at=now(), status={"error": HOSTILE, "shares": {HOSTILE: 0.5}})
 
 
 def test_nothing_that_a_device_says_becomes_html(client, hostile):
