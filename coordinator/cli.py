@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,9 @@ from coordinator.command_line import Config, open_settings, opened_store
 from coordinator.identity_commands import register_identity_commands
 from coordinator.upkeep_commands import register_upkeep_commands
 from side_tuning.json_logs import logs_are_json
+
+if TYPE_CHECKING:
+    from coordinator.settings import CoordinatorSettings
 
 EXIT_CRASH = 1
 EXIT_CONFIG = 78  # as coordinator.settings says; not imported, to start fast
@@ -46,8 +49,9 @@ register_upkeep_commands(app)
 def run(
     config: Config = None,
     broker: Annotated[str, typer.Option(help="embedded, mosquitto, or external: one that runs already.")] = "external",
+    dashboard: Annotated[bool, typer.Option("--dashboard/--no-dashboard", help="Serve the pages too.")] = True,
 ) -> None:
-    """Start and supervise the gateway, the trainer and, if asked, a broker on this machine."""
+    """Start and supervise the gateway, the trainer, enrolment, the dashboard and, if asked, a broker on this machine."""
     from coordinator.local_broker import broker_command
     from coordinator.store.schema import upgrade
     from coordinator.supervisor import Program, supervise
@@ -60,7 +64,10 @@ def run(
     if (command := broker_command(broker, settings)) is not None:  # type: ignore[arg-type]
         programs.append(Program("broker", command))
     place = [] if config is None else ["--config", str(config.resolve())]
-    programs += [Program(name, [sys.executable, "-m", "coordinator.cli", name, *place]) for name in ("gateway", "train")]
+    names = ["gateway", "train"] + ["enrolment"] * _has_authorities(settings)
+    programs += [Program(name, [sys.executable, "-m", "coordinator.cli", name, *place]) for name in names]
+    if dashboard:  # devices must be served even where its port is taken
+        programs.append(Program("dashboard", [sys.executable, "-m", "dashboards", "serve", *place], essential=False))
     sys.exit(supervise(programs, _stop_on_signals()))
 
 
@@ -300,6 +307,14 @@ def checkpoints_republish(generation: int, config: Config = None) -> None:
 
 
 # Shared pieces.
+
+
+def _has_authorities(settings: CoordinatorSettings) -> bool:
+    """Whether `coordinator enrolment` has anything to do here: with TLS, once `coordinator init` has run."""
+    found = (settings.authority_directory / "fleet-authority.key").exists()
+    if settings.broker.tls and not found and settings.broker.certificate_file is None:
+        logging.getLogger(__name__).warning("TLS is on, but there are no keys and certificates: run `coordinator init`")
+    return settings.broker.tls and found
 
 
 def _stop_on_signals() -> threading.Event:

@@ -59,9 +59,9 @@ def restore_backup(
     in_the_way = _occupied(settings)
     if in_the_way and not force:
         raise BackupError(f"{in_the_way[0][1]} is there already: restore into an empty data_directory, or use --force, which moves it aside")
-    taken = BackupError(f"a gateway runs with the data_directory {data}: stop every program of this coordinator first")
+    taken = BackupError(f"a program runs with the data_directory {data}: stop every program of this coordinator first")
     staging = data / STAGING
-    with held(data / "gateway.lock", taken):
+    with held(data / "gateway.lock", taken), held(data / "enrolment.lock", taken):
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(mode=0o700)
         try:

@@ -2,12 +2,14 @@
 
 Each program is a process group of its own. One that ends is started again after a pause that grows from half a second
 to half a minute, and the reason is shown: its exit code and the last line it wrote. One that says its configuration
-is wrong (exit code 78) ends the whole, since a restart cannot help it.
+is wrong (exit code 78) ends the whole, since a restart cannot help it; one that the others can do without just stays
+away.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -37,6 +39,7 @@ class Program:
     name: str
     command: list[str]
     environment: dict[str, str] = field(default_factory=dict)
+    essential: bool = True  # a configuration error of it ends the whole
 
 
 def _say(line: str) -> None:
@@ -101,6 +104,8 @@ class _Running:
         next_step = "it will not be started again" if code == EXIT_CONFIG else f"starting it again in {self._pause:g} s"
         self._say(f"{self.program.name}: ended, {_exit_words(code)}{last}; {next_step}")
         self._pause = min(self._pause * 2, LONGEST_PAUSE_SECONDS)
+        if code == EXIT_CONFIG:
+            self._start_at = math.inf
         return code
 
     def signal(self, number: signal.Signals) -> None:
@@ -128,7 +133,7 @@ def supervise(programs: Sequence[Program], stop: threading.Event, say: Callable[
         while not stop.is_set():
             for one in running:
                 one.start_if_due()
-                if one.look() == EXIT_CONFIG:
+                if one.look() == EXIT_CONFIG and one.program.essential:
                     code = EXIT_CONFIG
             if code:
                 break

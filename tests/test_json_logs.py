@@ -53,13 +53,13 @@ def test_the_supervisor_and_its_programs_write_json_and_nothing_else(tmp_path):
     with log.open("w") as file:
         process = subprocess.Popen([sys.executable, "-m", "coordinator.cli", "run", "--config", str(config)], stderr=file)
     try:
-        wait_until(lambda: "cannot be reached" in log.read_text() and "waiting for" in log.read_text(), 120, "both programs log")
+        wait_until(lambda: "cannot be reached" in log.read_text() and "waiting for" in log.read_text() and "http://" in log.read_text(), 120, "all programs log")
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
     finally:
         process.kill()
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    assert {"run", "gateway", "train"} <= {line["program"] for line in lines}
+    assert {"run", "gateway", "train", "dashboards"} <= {line["program"] for line in lines}
     assert all(set(FIELDS) <= set(line) for line in lines)
 
 

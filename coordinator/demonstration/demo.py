@@ -93,6 +93,7 @@ def demonstrate(options: Options, console: Console) -> tuple[Report, bool]:
         write_coordinator_config(
             config, dataset, data=folder / "coordinator", port=free_port(), seconds=options.seconds, seed=options.seed,
             train_samples=sum(len(share.train) for share in shares), anchors_file=anchors_file if len(anchors) >= FEWEST_ANCHORS else None,
+            dashboard_port=options.dashboard,
         )  # fmt: skip
         settings = load_settings(config)
         prepare_coordinator(settings, devices)

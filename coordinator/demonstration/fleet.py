@@ -29,6 +29,7 @@ NAMES = ("kitchen", "bedroom", "study", "hallway", "nursery", "attic", "garage",
 PACES = (0.6, 0.9, 0.45, 0.75)
 PREPARING_SECONDS = 600.0
 LOOPBACK = "127.0.0.1"
+HEARTBEAT_SECONDS = 2.0
 
 Say = Callable[[str], None]
 
@@ -123,7 +124,7 @@ def make_devices(
     return devices
 
 
-def write_coordinator_config(path: Path, dataset: Dataset, *, data: Path, port: int, seconds: float, seed: int, train_samples: int, anchors_file: Path | None) -> None:
+def write_coordinator_config(path: Path, dataset: Dataset, *, data: Path, port: int, seconds: float, seed: int, train_samples: int, anchors_file: Path | None, dashboard_port: int | None = None) -> None:
     anchors = {} if anchors_file is None else {"anchors_file": str(anchors_file)}
     write_toml(
         path,
@@ -132,6 +133,7 @@ def write_coordinator_config(path: Path, dataset: Dataset, *, data: Path, port: 
             "log_level": "info",
             "broker": {"host": LOOPBACK, "port": port, "tls": False, "reconnect_max_seconds": 2.0},
             "task": {"labels": list(dataset.labels)},
+            "dashboard": {"heartbeat_seconds": HEARTBEAT_SECONDS} | ({} if dashboard_port is None else {"port": dashboard_port}),
             "training": {
                 "seed": seed,
                 **anchors,
@@ -153,7 +155,7 @@ def write_agent_config(device: DemoDevice, *, port: int, public_key_file: Path) 
             "log_level": "info",
             "broker": {"host": LOOPBACK, "port": port, "tls": False, "reconnect_max_seconds": 2.0},
             "backbone": {"folder": str(device.backbone.folder)},
-            "health": {"every_seconds": 2.0},
+            "health": {"every_seconds": HEARTBEAT_SECONDS},
             "publisher": {"resend_seconds": 5.0},
             "checkpoint": {"public_key_file": str(public_key_file)},
             "sources": [{"kind": "file", "path": str(device.samples_file), "rate_per_second": device.rate_per_second}],

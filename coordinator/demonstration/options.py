@@ -24,6 +24,7 @@ class Options:
     seed: int
     state: Path | None
     compare: bool
+    dashboard: int | None = None  # its port
 
 
 def parse_options(arguments: Sequence[str]) -> Options:
@@ -56,6 +57,9 @@ def parse_options(arguments: Sequence[str]) -> Options:
     parser.add_argument("--json", type=_writable, metavar="FILE", help="write the closing figures to FILE")
     parser.add_argument("--seed", type=_whole(0, 2**31 - 1), default=0, metavar="N", help="of partition, data order and training (default 0)")
     parser.add_argument("--state", type=Path, metavar="DIR", help="keep databases, configuration and logs in a new folder under DIR")
+    parser.add_argument(
+        "--dashboard", type=_whole(1, 65_535), nargs="?", const=8080, metavar="PORT", help="show the fleet in the browser, too (port 8080)"
+    )
     parser.add_argument("--no-compare", dest="compare", action="store_false", help="leave out the closing comparisons and measurements of speed")
     return Options(**vars(parser.parse_args(arguments)))
 

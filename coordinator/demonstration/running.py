@@ -54,6 +54,7 @@ class RunningFleet:
         self.start_up_seconds: dict[str, float] = {}
         self.peak_rss_bytes: dict[str, int] = {}
         program = [sys.executable, "-m", "coordinator.cli", "run", "--config", str(config), "--broker", options.broker]
+        program.append("--no-dashboard" if options.dashboard is None else "--dashboard")
         self._coordinator = Child("coordinator", program, self.folder / "coordinator.log")
         self._agents = {device.name: device.agent() for device in devices}
         self._began = time.monotonic()
@@ -88,6 +89,8 @@ class RunningFleet:
 
     def _start(self) -> None:
         self.view.phase(f"starting {self.options.broker} broker, gateway, trainer and {len(self.devices)} devices (logs: {self.folder})")
+        if self.options.dashboard is not None:
+            self.view.say(f"the dashboard: http://127.0.0.1:{self.options.dashboard}/")
         self._began, self._began_at = time.monotonic(), time.time()
         self._coordinator.start()
         for agent in self._agents.values():

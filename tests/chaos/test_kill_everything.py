@@ -103,7 +103,7 @@ def fleet(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     )
     settings = load_settings(config)
     prepare_coordinator(settings, devices)
-    program = [sys.executable, "-m", "coordinator.cli", "run", "--broker", "mosquitto", "--config", str(config)]
+    program = [sys.executable, "-m", "coordinator.cli", "run", "--no-dashboard", "--broker", "mosquitto", "--config", str(config)]
     coordinator = Child("coordinator", program, tmp_path / "coordinator.log")
     agents = {device.name: device.agent() for device in devices}
     store = open_store(settings.database_url, read_only=True)

@@ -22,6 +22,7 @@ from side_tuning.wire import topics
 from side_tuning.wire.codecs import encode_vectors
 from side_tuning.wire.frame import Frame, SampleInfo, Tap, encode_frame
 from side_tuning.wire.messages import Receipt, TapPlan
+from tests.brokers import free_port
 
 LABELS = ("red", "green", "blue")
 PLAN = TapPlan(version=1, labels=LABELS, blocks=2)
@@ -60,6 +61,7 @@ def settings_file(folder: Path, port: int, more: str = "") -> Path:
         f'data_directory = "{folder / "data"}"\n{more}\n'
         f'[broker]\nhost = "127.0.0.1"\nport = {port}\ntls = false\nreconnect_max_seconds = 0.5\n'
         '[task]\nlabels = ["red", "green", "blue"]\n[plan]\nblocks = 2\n[publishing]\npoll_seconds = 0.1\n'
+        f"[dashboard]\nport = {free_port()}\n"
     )
     return path
 

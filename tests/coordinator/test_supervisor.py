@@ -80,6 +80,15 @@ def test_a_configuration_error_ends_the_whole(start):
     wait_until(lambda: gone(running.pids("train")[0]), 5, "the other program has ended")
 
 
+def test_a_program_that_the_others_can_do_without_ends_nothing(start):
+    running = start(Program("gateway", SLEEPER), Program("dashboard", [sys.executable, "-c", "raise SystemExit(78)"], essential=False))
+    wait_until(lambda: any("dashboard: ended, exit code 78; it will not be started again" in line for line in running.lines), 30, "it ended")
+    wait_until(lambda: "up" in running.lines, 30, "the other is up")
+    running.end()
+    assert running.code == 0
+    assert len(running.pids("dashboard")) == 1
+
+
 def test_stopping_ends_every_program(start):
     running = start(Program("a", SLEEPER), Program("b", SLEEPER))
     wait_until(lambda: running.lines.count("up") == 2, 20, "both are up")
