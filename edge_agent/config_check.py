@@ -37,12 +37,12 @@ def _lines(name: str, value: Any) -> Iterator[str]:
 
 def problems(settings: AgentSettings) -> list[str]:
     """What would keep the agent from starting, in words with the cure."""
-    checks: list[Callable[[], object]] = [
-        lambda: tls_context(settings.broker),
-        lambda: read_password(settings.broker),
-        lambda: read_manifest(settings.backbone.folder),
-    ]
-    if settings.checkpoint.public_key_file is not None:
+    checks: list[Callable[[], object]] = [lambda: read_password(settings.broker), lambda: read_manifest(settings.backbone.folder)]
+    certificate = settings.broker.certificate_file
+    to_be_enrolled = settings.uses_identity and certificate is not None and not certificate.exists()
+    if not to_be_enrolled:
+        checks.append(lambda: tls_context(settings.broker))
+    if settings.checkpoint.public_key_file is not None and not to_be_enrolled:
         key_file = settings.checkpoint.public_key_file
         checks.append(lambda: load_public_key(key_file))
     for source in settings.sources:

@@ -1,6 +1,7 @@
 """`edge-agent doctor`: is this device fit to run the agent? Every finding that is not fine says the cure.
 
-Safe beside a running agent: it takes another client id, opens the spool read-only and changes nothing.
+Safe beside a running agent: it takes another client id (or, where the certificate is the name, only tries TLS), opens the
+spool read-only and changes nothing.
 """
 
 from __future__ import annotations
@@ -13,23 +14,22 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Literal
 
 from edge_agent import health
+from edge_agent.doctor_identity import agent_runs, check_identity, tls_trouble
+from edge_agent.findings import Finding
 from edge_agent.settings import AgentSettings, MqttSourceSettings
 from edge_agent.spool_file import SpoolError, connect, find_damage
+from edge_agent.trusted_clock import TrustedClock
 from side_tuning.broker_connection import BrokerConnection, Message
 from side_tuning.broker_settings import BrokerFilesError
 from side_tuning.wire import topics
 from side_tuning.wire.bounded import FrameError
 from side_tuning.wire.messages import TapPlan
 
-Level = Literal["ok", "warning", "failed"]
-
-EARLIEST = datetime(2026, 1, 1, tzinfo=timezone.utc)  # this program did not exist before
 LATEST = datetime(2100, 1, 1, tzinfo=timezone.utc)
 BROKER_SECONDS = 15.0
 PLAN_SECONDS = 2.0
@@ -43,27 +43,21 @@ HOT_CELSIUS = 80.0
 PROBE_TEXT = "the quick brown fox jumps over the lazy dog"
 
 
-@dataclass(frozen=True)
-class Finding:
-    check: str
-    level: Level
-    detail: str
-    cure: str = ""
-
-
 Check = Callable[[AgentSettings], Iterator[Finding]]
 
 
 def examine(settings: AgentSettings, now: Callable[[], float] = time.time) -> list[Finding]:
     """Every check, in an order in which the first failure tends to explain the later ones."""
+    clock = TrustedClock(settings.state_directory, now)
     checks: tuple[tuple[str, Check], ...] = (
-        ("clock", lambda _: check_clock(now())),
+        ("clock", lambda _: check_clock(now(), clock)),
         ("memory", lambda _: check_machine()),
         ("disk", check_disk),
         ("spool", check_spool),
         ("sources", check_sources),
         ("backbone", check_backbone),
-        ("broker", check_broker),
+        ("identity", lambda settings: check_identity(settings, clock)),
+        ("broker", lambda settings: check_broker(settings, clock)),
     )
     findings: list[Finding] = []
     for name, check in checks:
@@ -89,15 +83,15 @@ def show(findings: list[Finding], *, as_json: bool) -> None:
     Console(highlight=False).print(table)
 
 
-def check_clock(now: float) -> Iterator[Finding]:
+def check_clock(now: float, clock: TrustedClock) -> Iterator[Finding]:
     """A believable date, and whether something keeps it right; certificates are refused under a wrong one."""
     try:
         date = datetime.fromtimestamp(now, tz=timezone.utc)
     except (OverflowError, ValueError, OSError):
         date = None
-    if date is None or not EARLIEST < date < LATEST:
+    if date is None or date > LATEST or clock.trouble:
         shown = f"{date:%Y-%m-%d %H:%M} UTC" if date else f"{now:.0f} s"
-        yield Finding("clock", "failed", f"it says {shown}", "set the date (`date -s`) or let this device reach a time server (`timedatectl set-ntp true`)")
+        yield Finding("clock", "failed", clock.trouble or f"it says {shown}", "set the date (`date -s`) or let this device reach a time server (`timedatectl set-ntp true`)")
         return
     synchronised = Path("/run/systemd/timesync/synchronized").exists()
     kept = "a time server keeps it" if synchronised else "whether a time server keeps it is unknown"
@@ -239,9 +233,20 @@ def check_backbone(settings: AgentSettings) -> Iterator[Finding]:
     )
 
 
-def check_broker(settings: AgentSettings) -> Iterator[Finding]:
+def check_broker(settings: AgentSettings, clock: TrustedClock) -> Iterator[Finding]:
     """Connect as this device, time publishes to the broker, and see whether the coordinator's plan is there."""
     device = settings.device
+    certificate = settings.broker.certificate_file
+    if settings.uses_identity and certificate is not None and not certificate.exists():
+        return  # the identity's finding says it
+    if certificate is not None and agent_runs(settings):
+        # The broker knows a device by its certificate: a second connection would throw out the agent's.
+        trouble = tls_trouble(settings.broker, clock, BROKER_SECONDS)
+        if trouble:
+            yield Finding("broker", "failed", trouble, "see the agent's log, which says more")
+        else:
+            yield Finding("broker", "ok", f"{settings.broker.host}:{settings.broker.port}, TLS stands; nothing more was tried beside the running agent")
+        return
     down = (topics.receipt(device), topics.device_plan(device), topics.fleet_plan())
     plans: list[int] = []
 
@@ -251,7 +256,11 @@ def check_broker(settings: AgentSettings) -> Iterator[Finding]:
                 plans.append(TapPlan.from_bytes(message.payload).version)
 
     try:
-        connection = _connect(BrokerConnection(settings.broker, f"{device}-doctor-{os.getpid()}", subscriptions=down, on_message=on_message))
+        connection = _connect(
+            BrokerConnection(
+                settings.broker, f"{device}-doctor-{os.getpid()}", subscriptions=down, on_message=on_message, trusted_time=clock.instead_of_system,
+            )
+        )
     except BrokerFilesError as error:
         yield Finding("broker", "failed", str(error), "correct the files that [broker] names")
         return

@@ -100,7 +100,7 @@ class IdentityStore:
         try:
             certificate = x509.load_pem_x509_certificate((self.link / CERTIFICATE).read_bytes())
             authorities = (self.link / AUTHORITIES).read_bytes()
-            key = _load_key((self.link / KEY).read_bytes())
+            key = load_key((self.link / KEY).read_bytes())
         except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
             raise IdentityError(f"the identity in {self.link} is damaged: {error}; remove it and enrol anew") from error
         if key_digest(key.public_key()) != key_digest(certificate.public_key()):
@@ -111,7 +111,7 @@ class IdentityStore:
         """The key to ask a certificate for: the one of an unanswered request for the same purpose (a claim, or a renewal), else new."""
         with suppress(OSError, ValueError, TypeError, UnsupportedAlgorithm):
             if (self._next / CLAIM).read_text(encoding="ascii") == purpose:
-                return _load_key((self._next / KEY).read_bytes())
+                return load_key((self._next / KEY).read_bytes())
         self.forget_next()
         self._next.mkdir(mode=0o700, parents=True)
         key = ec.generate_private_key(ec.SECP256R1())
@@ -247,7 +247,8 @@ def key_digest(public_key: object) -> str:
     return hashlib.sha256(encoded).hexdigest()
 
 
-def _load_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
+def load_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
+    """A private key as this module writes it; raises `ValueError` or `TypeError`."""
     key = serialization.load_pem_private_key(pem, password=None)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise TypeError("not an elliptic-curve key")

@@ -22,6 +22,7 @@ from edge_agent.checkpoint_store import write_file
 logger = logging.getLogger(__name__)
 
 RELEASED_AT = datetime(2026, 9, 1, tzinfo=timezone.utc).timestamp()  # a little before; move it up with each release
+LATEST = datetime(2100, 1, 1, tzinfo=timezone.utc).timestamp()  # a saved time beyond is damage
 SAVE_SECONDS = 24 * 3600.0  # the card is not written more often than that for this
 TOLERANCE_SECONDS = 300.0  # two clocks are never quite the same
 
@@ -95,7 +96,7 @@ class TrustedClock:
             text = self._path.read_text(encoding="ascii")[:32].strip()
         except (OSError, UnicodeDecodeError):
             return 0.0
-        return float(text) if text.isdigit() else 0.0
+        return float(text) if text.isdigit() and float(text) < LATEST else 0.0
 
 
 def _date(at: float) -> str:

@@ -10,6 +10,8 @@ from cryptography import x509
 from typing_extensions import Self
 
 from coordinator.authority import Authority, certificate_pem, key_digest, public_key_of
+from edge_agent.identity import Identity, IdentityStore
+from edge_agent.identity_file import IdentityFacts
 from side_tuning.broker_connection import BrokerConnection, Message
 from side_tuning.bundle import Bundle
 from side_tuning.wire import topics
@@ -17,6 +19,7 @@ from side_tuning.wire.certificates import CertificateAnswer, CertificateRequest
 from tests.tls_broker import HOST, TlsBroker, utc_now
 from tests.waiting import wait_until
 
+DEVICE = "kitchen"
 CLAIM = "claim-0123456789abcdef"
 
 
@@ -82,6 +85,16 @@ class Answering:
 def say(status: str, reason: str = "", text: str = "") -> Answer:
     """Always this."""
     return lambda _, request: CertificateAnswer(status, key_digest(public_key_of(request)), time.time(), reason, text)  # type: ignore[arg-type]
+
+
+def identity_for(broker: TlsBroker, state: Path, days: float) -> Identity:
+    """An identity as enrolment leaves it."""
+    store = IdentityStore(state)
+    key = store.next_key("claim")
+    authority = broker.authorities["fleet"]
+    certificate = authority.issue(key.public_key(), DEVICE, now=utc_now(), days=days, usage="client")
+    facts = IdentityFacts(device=DEVICE, host=HOST, port=broker.port, claim="claim-0123456789abcdef", checkpoint_key=True)
+    return store.install(facts, certificate_pem(certificate), certificate_pem(authority.certificate), "ab" * 32)
 
 
 def private_keys_in(folder: Path, bundle: str) -> list[Path]:

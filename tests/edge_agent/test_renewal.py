@@ -15,8 +15,8 @@ from cryptography import x509
 from coordinator.authority import certificate_pem, make_authority
 from edge_agent import agent as agent_module
 from edge_agent import renewal as renewal_module
-from edge_agent.identity import Identity, IdentityStore
-from edge_agent.identity_file import IdentityError, IdentityFacts
+from edge_agent.identity import IdentityStore
+from edge_agent.identity_file import IdentityError
 from edge_agent.renewal import Renewal
 from edge_agent.settings import AgentSettings
 from edge_agent.trusted_clock import TrustedClock
@@ -25,13 +25,12 @@ from side_tuning.wire import topics
 from side_tuning.wire.certificates import CertificateAnswer
 from side_tuning.wire.messages import Command, Health
 from tests.brokers import needs_mosquitto
-from tests.edge_agent.answering import Answer, Answering, make_bundle, say
-from tests.tls_broker import HOST, TlsBroker, tls_broker, utc_now
+from tests.edge_agent.answering import DEVICE, Answer, Answering, identity_for, make_bundle, say
+from tests.tls_broker import TlsBroker, tls_broker, utc_now
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.broker, needs_mosquitto]
 
-DEVICE = "kitchen"
 LONG = 120.0
 FRESH, STALE = 30.0, 0.012  # days; all begin an hour ago, so that the second kind is due
 
@@ -46,16 +45,6 @@ def broker(tmp_path_factory):
 def quick(monkeypatch):
     for name, value in {"LOOK_SECONDS": 0.05, "REPEAT_MIN_SECONDS": 0.5, "REPEAT_MAX_SECONDS": 1.0}.items():
         monkeypatch.setattr(renewal_module, name, value)
-
-
-def identity_for(broker: TlsBroker, state: Path, days: float) -> Identity:
-    """As enrolment leaves it."""
-    store = IdentityStore(state)
-    key = store.next_key("claim")
-    authority = broker.authorities["fleet"]
-    certificate = authority.issue(key.public_key(), DEVICE, now=utc_now(), days=days, usage="client")
-    facts = IdentityFacts(device=DEVICE, host=HOST, port=broker.port, claim="claim-0123456789abcdef", checkpoint_key=True)
-    return store.install(facts, certificate_pem(certificate), certificate_pem(authority.certificate), "ab" * 32)
 
 
 class Device:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from edge_agent.identity_file import IdentityFacts
 from edge_agent.settings import (
     ConfigError,
     FileSourceSettings,
@@ -14,6 +15,7 @@ from edge_agent.settings import (
     MqttSourceSettings,
     load_settings,
 )
+from side_tuning.bundle import Bundle
 
 MINIMAL = """
 device = "kitchen"
@@ -143,3 +145,71 @@ def test_settings_cannot_be_changed(tmp_path: Path) -> None:
     settings = load_settings(write(tmp_path, MINIMAL))
     with pytest.raises(ValidationError):
         settings.device = "other"  # type: ignore[misc]
+
+
+# With an identity, or the bundle that will become one.
+
+BUNDLED = """
+state_directory = "state"
+bundle_file = "bundle.json"
+[backbone]
+folder = "backbone"
+"""
+
+
+def write_bundle(path: Path, device: str = "kitchen", claim: str = "claim-0123456789abcdef") -> None:
+    bundle = Bundle(
+        device=device, claim=claim, claim_certificate="c", claim_key="k", host="broker.example", port=8883, claims_port=8884,
+        authorities="a", checkpoint_public_key="ab" * 32, issued_at=1, expires_at=2,
+    )
+    path.write_text(bundle.to_text())
+
+
+def write_identity(state: Path, host: str = "broker.example") -> None:
+    (state / "identity").mkdir(parents=True)
+    facts = IdentityFacts(device="kitchen", host=host, port=8883, claim="claim-0123456789abcdef", checkpoint_key=True)
+    (state / "identity" / "identity.json").write_text(facts.model_dump_json())
+
+
+def test_a_bundle_names_device_broker_and_checkpoint_key(tmp_path: Path) -> None:
+    write_bundle(tmp_path / "bundle.json")
+    settings = load_settings(write(tmp_path, BUNDLED))
+    folder = tmp_path / "state" / "identity"
+    assert (settings.device, settings.broker.host, settings.broker.port, settings.uses_identity) == ("kitchen", "broker.example", 8883, True)
+    assert settings.broker.certificate_file == folder / "client.pem"
+    assert settings.checkpoint.public_key_file == folder / "checkpoint.pub"
+
+
+def test_an_identity_needs_no_bundle_any_more(tmp_path: Path) -> None:
+    write_identity(tmp_path / "state", host="elsewhere.example")
+    settings = load_settings(write(tmp_path, BUNDLED.replace("[backbone]", "[broker]\nkeepalive_seconds = 30\n[backbone]")))
+    assert (settings.broker.host, settings.broker.keepalive_seconds) == ("elsewhere.example", 30)
+    write_bundle(tmp_path / "bundle.json")  # the spent one: what enrolment found goes first
+    assert load_settings(write(tmp_path, BUNDLED)).broker.host == "elsewhere.example"
+    write_bundle(tmp_path / "bundle.json", claim="claim-00000000000000aa")  # a new one is meant to replace it
+    assert load_settings(write(tmp_path, BUNDLED)).broker.host == "broker.example"
+
+
+def test_a_broker_that_is_named_stands_as_it_is(tmp_path: Path) -> None:
+    write_identity(tmp_path / "state")
+    settings = load_settings(write(tmp_path, MINIMAL.replace('"kitchen"', '"hall"\nstate_directory = "state"')))
+    assert (settings.device, settings.broker.host, settings.broker.certificate_file, settings.uses_identity) == ("hall", "broker.local", None, False)
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ('[backbone]\nfolder = "b"\n', "coordinator enrol"),
+    (BUNDLED, "bundle.json cannot be read"),
+    (BUNDLED.replace("bundle.json", "agent.toml"), "is no bundle"),
+])
+def test_without_either_it_says_what_to_do(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_settings(write(tmp_path, text))
+
+
+def test_a_device_name_that_contradicts_the_identity_is_told(tmp_path: Path) -> None:
+    write_identity(tmp_path / "state")
+    with pytest.raises(ConfigError, match="identity or bundle is for 'kitchen'"):
+        load_settings(write(tmp_path, 'device = "hall"\n' + BUNDLED))
+    (tmp_path / "state" / "identity" / "identity.json").write_text("nonsense")
+    with pytest.raises(ConfigError, match=r"identity\.json is damaged"):
+        load_settings(write(tmp_path, BUNDLED))
