@@ -4,8 +4,8 @@ The only program that holds the authorities' keys. Everybody else writes rows (a
 about once a second this program acts on them.
 
 Two threads: the network thread only queues requests, bounded and at most one per asker and second; the main loop does the
-rest. Rules: what is answered is in the store; a request is not acknowledged, kept or answered while the store is out of
-reach, its asker repeats it; a repeated request gets the same certificate.
+rest. Rules: what is answered is in the store; while the store is out of reach requests are neither kept nor answered, their
+askers repeat them; a repeated request gets the same certificate.
 """
 
 from __future__ import annotations
@@ -55,7 +55,12 @@ from coordinator.settings import CoordinatorSettings
 from coordinator.store import identities
 from coordinator.store.audit import audit
 from coordinator.store.engine import OUT_OF_REACH, Store, open_store
-from coordinator.store.enrolment import approved_requests, replaced_certificates, revoked_devices
+from coordinator.store.enrolment import (
+    approved_requests,
+    replaced_certificates,
+    revoked_devices,
+    unknown_serials,
+)
 from side_tuning.broker_connection import BrokerConnection, Connected, Message
 from side_tuning.repeats import Repeats
 from side_tuning.wire import topics
@@ -331,11 +336,14 @@ class Enrolment:
             with self._store.write() as session:
                 for serial, _ in replaced:
                     identities.revoke_certificate(session, serial, at=now, actor=CLIENT_ID, reason="the device uses a newer one")
+        listed = self._fleet_list.held()
         with self._store.read() as session:
             certificates = identities.revoked_certificates(session, now)
+            # Older than the list: a database from a backup must not let in whom a later one had shut out.
+            forgotten = unknown_serials(session, listed.keys() - {serial for serial, _ in certificates})
             claims = identities.revoked_claims(session, now)
             shut_out = revoked_devices(session)
-        changed = self._fleet_list.follow(certificates, now)
+        changed = self._fleet_list.follow([*certificates, *((serial, listed[serial]) for serial in sorted(forgotten))], now)
         self._claims_list.follow(claims, now)
         self.cut_offs.note(shut_out, now, list_changed=changed)
         if self.connection.connected:

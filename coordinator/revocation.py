@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -27,17 +28,22 @@ class RevocationList:
     path: Path
     authority: Authority
     _looked: tuple[int, int, int] | None = field(default=None, init=False)  # of the file when it was last read
-    _held: frozenset[int] | None = field(default=None, init=False)  # serials; None: no good list
-    _until: datetime | None = field(default=None, init=False)
+    _held: dict[str, datetime] = field(default_factory=dict, init=False)
+    _until: datetime | None = field(default=None, init=False)  # None: there is no list, or no good one
 
-    def follow(self, revoked: list[tuple[str, datetime]], now: datetime) -> bool:
+    def held(self) -> Mapping[str, datetime]:
+        """What the file lists: serial (hexadecimal) and since when; nothing where it is no list of our authority."""
+        self._look()
+        return self._held
+
+    def follow(self, revoked: Sequence[tuple[str, datetime]], now: datetime) -> bool:
         """Write the file anew if it does not list just `revoked` (serial, when), or ends too soon. True if written."""
         self._look()
-        wanted = frozenset(int(serial, 16) for serial, _ in revoked)
-        if self._held == wanted and self._until is not None and self._until > now + RENEW_BEFORE:
+        same = self._held.keys() == {serial for serial, _ in revoked}
+        if same and self._until is not None and self._until > now + RENEW_BEFORE:
             return False
         write_atomically(self.path, self.authority.revocation_list(revoked, now=now, days=REVOCATION_LIST_DAYS), PUBLIC_FILE)
-        logger.info("%s lists %d certificates", self.path, len(wanted))
+        logger.info("%s lists %d certificates", self.path, len(revoked))
         return True
 
     def _look(self) -> None:
@@ -47,11 +53,14 @@ class RevocationList:
             looked = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
             if looked == self._looked:
                 return
+            self._looked, self._held, self._until = looked, {}, None
             found = x509.load_pem_x509_crl(self.path.read_bytes())
-            good = found.is_signature_valid(self.authority.certificate.public_key())  # type: ignore[arg-type]
-        except (OSError, ValueError, TypeError):
-            self._looked = self._held = self._until = None
-            return
-        self._looked = looked
-        self._held = frozenset(row.serial_number for row in found) if good else None
-        self._until = found.next_update_utc
+            if not found.is_signature_valid(self.authority.key.public_key()):
+                return
+        except FileNotFoundError:
+            self._looked, self._held, self._until = None, {}, None
+        except (ValueError, TypeError) as error:
+            logger.warning("%s is no revocation list, it is written anew: %s", self.path, error)
+        else:
+            self._held = {f"{row.serial_number:x}": row.revocation_date_utc for row in found}
+            self._until = found.next_update_utc

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 
 from sqlalchemy import exists, select
@@ -40,3 +40,10 @@ def revoked_devices(session: Session) -> dict[str, datetime]:
     """Devices that are shut out, and when they were."""
     query = select(Identity.device, Identity.revoked_at).where(Identity.revoked_at.is_not(None))
     return {device: at for device, at in session.execute(query) if at is not None}
+
+
+def unknown_serials(session: Session, serials: Collection[str]) -> set[str]:
+    """Those of `serials` that no certificate in this store has."""
+    if not serials:
+        return set()
+    return set(serials) - set(session.scalars(select(Certificate.serial).where(Certificate.serial.in_(sorted(serials)))))

@@ -334,6 +334,17 @@ def test_revocation_lists_are_left_alone_while_they_are_good(tmp_path, authoriti
     assert one.follow([], moment + timedelta(days=41))
 
 
+def test_a_database_from_a_backup_lets_nobody_in_again(settings, store, authorities, asker):
+    path = settings.broker_directory / "fleet-revoked.pem"
+    RevocationList(path, authorities.fleet).follow([("2a", now())], now())  # by a later database, which is lost
+    claim = give_claim(store, "kitchen")
+    with running_enrolment(settings, store, authorities):
+        certificate = certificate_of(asker(claim).ask("issued"))
+        with store.write() as session:
+            revoke_device(session, "kitchen", at=now(), actor="operator")
+        wait_until(lambda: listed(path) == {"2a", serial_hex(certificate)}, WAIT_SECONDS)
+
+
 def test_over_tls_the_program_comes_in_as_the_device_to_throw_it_out(tmp_path, settings, authorities):
     """As in production: the broker takes user name and client id from the certificate."""
     folder = tmp_path / "tls"

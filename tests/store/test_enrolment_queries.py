@@ -4,7 +4,12 @@ from datetime import timedelta
 
 from coordinator.store.commands import add_command, commands_to_send, mark_commands_sent
 from coordinator.store.engine import Store
-from coordinator.store.enrolment import approved_requests, replaced_certificates, revoked_devices
+from coordinator.store.enrolment import (
+    approved_requests,
+    replaced_certificates,
+    revoked_devices,
+    unknown_serials,
+)
 from coordinator.store.identities import (
     add_certificate,
     add_claim,
@@ -71,6 +76,15 @@ def test_revoked_devices(store: Store):
         revoke_device(session, "kitchen", at=after(10), actor="operator")
     with store.read() as session:
         assert revoked_devices(session) == {"kitchen": after(10)}
+
+
+def test_serials_that_the_store_does_not_know(store: Store):
+    with store.write() as session:
+        give_claim(session, "kitchen", "claim-1")
+        give_certificate(session, "a1", after(1))
+    with store.read() as session:
+        assert unknown_serials(session, {"a1", "b2"}) == {"b2"}
+        assert unknown_serials(session, set()) == set()
 
 
 def test_orders(store: Store):
