@@ -70,7 +70,7 @@ def full_report(at: datetime, produced: int = 2, spooled: int = 0, **more: Any) 
         memory_available_bytes=10**9,
         peak_rss_bytes=3 * 10**8,
         disk_free_bytes=10**10,
-        certificate_expires_at=at.timestamp() + 86_400,
+        certificate_expires_at=at.timestamp() + 5 * 86_400,
         **more,
     )
 
@@ -99,7 +99,7 @@ def fill(store: Store, now: datetime) -> None:
         gateway = {
             "looping": True, "connected": True, "queue_messages": 3, "dropped_messages": 0, "unattributable": 0, "health": 7,
             "oldest_uncommitted_seconds": None, "commit_seconds_last": 0.01, "commit_seconds_average": 0.02,
-            "broker_certificate_expires_at": now.timestamp() + 86_400, "broker": "broker:8883",
+            "broker_certificate_expires_at": now.timestamp() + 30 * 86_400, "broker": "broker:8883",
             "certificates": {"gateway": now.timestamp() + 20 * 86_400}, "revocation_lists": {},
         }  # fmt: skip
         trainer = {
@@ -141,10 +141,12 @@ def scraped(settings: CoordinatorSettings, store: Store) -> str:
 @contextmanager
 def served(folder: Path, port: int) -> Iterator[str]:
     """The address of `dashboards serve`, a process of its own over the store in `folder`."""
-    config = settings_file(folder, 1883, f"dashboard.port = {port}")
+    config = settings_file(folder, 1883)
     log = folder / "dashboard.log"
     with log.open("wb") as output:
-        process = subprocess.Popen([sys.executable, "-m", "dashboards", "serve", "--config", str(config)], stdout=output, stderr=output)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dashboards", "serve", "--config", str(config), "--port", str(port)], stdout=output, stderr=output
+        )
     try:
         wait_until(lambda: process.poll() is not None or accepts_connections(port), 120, f"the dashboard listens; see {log}")
         assert process.poll() is None, log.read_text(errors="replace")

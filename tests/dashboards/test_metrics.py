@@ -190,3 +190,7 @@ def test_a_real_prometheus_scrapes_it(tmp_path: Path):
             rules = [rule for group in server.get("rules")["groups"] for rule in group["rules"]]
             assert len(rules) > 30
             assert {rule["health"] for rule in rules} <= {"ok", "unknown"}
+            raised = {(alert["labels"]["alertname"], alert["labels"].get("device", "")) for alert in server.get("alerts")["alerts"]}
+            assert {("LedgerUnbalanced", "attic"), ("DeviceLost", "cellar")} <= raised, "they wait for their time"
+            at_rest = {"DashboardDown", "StoreUnavailable", "DeviceCertificateExpiring", "BrokerShowsOldCertificate", "CheckpointNotPublished"}
+            assert not at_rest & {name for name, _ in raised}
