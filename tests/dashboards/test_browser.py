@@ -41,7 +41,7 @@ PAGES = ("/", "/devices/kitchen", "/training", "/rejections", "/audit", "/login"
 HOSTILE = '<img src=x onerror="window.pwned=1">'
 
 expect.set_options(timeout=PATIENCE_MILLISECONDS)
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # together two minutes on a busy machine
 
 
 @pytest.fixture(scope="module")
