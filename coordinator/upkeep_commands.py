@@ -1,8 +1,11 @@
-"""The commands that look after a coordinator: backup, restore, alive. Registered by coordinator/cli.py."""
+"""The commands that look after a coordinator: doctor, backup, restore, alive. Registered by coordinator/cli.py."""
 
 from __future__ import annotations
 
+import json
+import logging
 import sys
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated
@@ -13,9 +16,21 @@ from coordinator.command_line import Config, open_settings
 
 
 def register_upkeep_commands(app: typer.Typer) -> None:
+    app.command()(doctor)
     app.command()(backup)
     app.command()(restore)
     app.command()(alive)
+
+
+def doctor(config: Config = None, as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False) -> None:
+    """Look at clock, disk, database, keys, certificates, broker and programs; exit code 1 if something failed."""
+    from coordinator.doctor import examine, lines
+
+    settings = open_settings(config, "doctor")
+    logging.disable(logging.CRITICAL)  # what goes wrong stands in the findings
+    findings = examine(settings)
+    print(json.dumps([asdict(finding) for finding in findings], indent=2) if as_json else "\n".join(lines(findings)))
+    sys.exit(1 if any(finding.level == "failed" for finding in findings) else 0)
 
 
 def backup(

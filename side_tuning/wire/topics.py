@@ -98,6 +98,11 @@ def probe(device: str) -> str:
     return str(Topic(check_device_name(device), "up", "probe"))
 
 
+def doctor_probe() -> str:
+    """The same for `coordinator doctor`."""
+    return str(Topic("doctor", "up", "probe"))
+
+
 def certificate_request(name: str) -> str:
     """Where a claim's holder asks for its first certificate, and a device for its next; `name` is the claim's or the device's."""
     return str(Topic(_claim_or_device(name), "up", "certificate-request"))
