@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -34,6 +35,7 @@ from edge_agent.sd_notify import notify
 from edge_agent.settings import AgentSettings
 from edge_agent.spool_file import sync_folder
 from edge_agent.trusted_clock import TrustedClock
+from side_tuning.alive import alive_trouble, touch_alive
 from side_tuning.broker_connection import BrokerConnection, Message, PublishHandle
 from side_tuning.broker_settings import BrokerSettings
 from side_tuning.bundle import Bundle, BundleError, read_bundle
@@ -46,7 +48,9 @@ logger = logging.getLogger(__name__)
 REPEAT_SECONDS = 5.0
 REPEAT_WAITING_SECONDS = 30.0  # once a person must approve
 LOOK_SECONDS = 0.1
+TOUCH_SECONDS = 10.0
 ANSWER_SECONDS = 300.0
+USABLE_SECONDS = 60.0  # for a new bundle where there is an identity to go on with
 RETRY_MIN_SECONDS = 10.0
 RETRY_MAX_SECONDS = 600.0
 
@@ -71,6 +75,7 @@ def enrol(
     timeout_seconds: float | None = None,
     say: Callable[[str], None] = logger.info,
     stop: threading.Event | None = None,
+    tick: Callable[[], None] = lambda: None,
 ) -> str:
     """Turn a bundle into this device's identity; returns what was done, in words. Does nothing if that is done already.
 
@@ -81,6 +86,7 @@ def enrol(
         timeout_seconds: give up after this time; None: after five minutes without any answer, but wait for an approval.
         say: is told what takes time.
         stop: ends the waiting.
+        tick: is called while waiting.
 
     Raises:
         EnrolmentFailed: with the cure.
@@ -96,13 +102,15 @@ def enrol(
             identity = store.load()
             if identity is not None and not bundle_file.exists():
                 return f"already enrolled as {identity.facts.device!r}; {bundle_file} is gone, as it should be"
+            if identity is not None and _wiping_began(bundle_file):
+                return f"already enrolled as {identity.facts.device!r}{_wiped(bundle_file)}"
             raise EnrolmentFailed(str(error), exit_codes.CONFIG_ERROR) from error
         if _is_done(store, bundle, bundle_file):
             return f"already enrolled as {bundle.device!r}{_wiped(bundle_file)}"
 
         clock.told(bundle.issued_at, no_later_than=bundle.expires_at)
         key = store.next_key(bundle.claim)
-        answer = _ask(bundle, key, clock, timeout_seconds=timeout_seconds, say=say, stop=stop or threading.Event())
+        answer = _ask(bundle, key, clock, timeout_seconds=timeout_seconds, say=say, stop=stop or threading.Event(), tick=tick)
         certificate = check_certificate(answer.certificate, key, bundle.device, bundle.authorities.encode())
         authorities = check_authorities(answer.authorities) if answer.authorities else bundle.authorities.encode()
         ends = certificate.not_valid_after_utc
@@ -116,26 +124,42 @@ def enrol_before_start(settings: AgentSettings, stop: threading.Event) -> bool:
 
     Where trying again cannot help, a new bundle can be put in the old one's place while this waits.
     """
-    if settings.bundle_file is None or not settings.uses_identity or not (
-        settings.bundle_file.exists() or IdentityStore(settings.state_directory).load() is None
-    ):
+    bundle_file, store = settings.bundle_file, IdentityStore(settings.state_directory)
+    if bundle_file is None or not settings.uses_identity:
         return True
+    tick = partial(_still_starting, settings.alive_file)
     pause = RETRY_MIN_SECONDS
     while not stop.is_set():
         clock = TrustedClock(settings.state_directory)
+        usable = _usable(store, clock)
+        if usable and not bundle_file.exists():
+            return True
         try:
-            logger.info("%s", enrol(settings.bundle_file, settings.state_directory, clock=clock, stop=stop))
+            timeout = USABLE_SECONDS if usable else None
+            logger.info("%s", enrol(bundle_file, settings.state_directory, clock=clock, timeout_seconds=timeout, stop=stop, tick=tick))
         except Stopped:
             break
         except (EnrolmentFailed, IdentityError) as error:
+            if usable:
+                logger.error("the bundle is of no use, the identity from before stays: %s", error)
+                return True
             logger.error("not enrolled: %s; next try in %.0f s", error, pause)
         else:
             return True
         deadline = time.monotonic() + pause
         while time.monotonic() < deadline and not stop.wait(1.0):
-            _still_starting()
+            tick()
         pause = min(pause * 2, RETRY_MAX_SECONDS) * random.uniform(0.8, 1.0)  # noqa: S311 - a whole fleet may be waiting
     return False
+
+
+def _usable(store: IdentityStore, clock: TrustedClock) -> bool:
+    """Whether there is an identity that has not ended."""
+    try:
+        identity = store.load()
+    except IdentityError:
+        return False
+    return identity is not None and clock.now() < identity.ends
 
 
 def _is_done(store: IdentityStore, bundle: Bundle, bundle_file: Path) -> bool:
@@ -167,6 +191,7 @@ def _ask(
     timeout_seconds: float | None,
     say: Callable[[str], None],
     stop: threading.Event,
+    tick: Callable[[], None],
 ) -> CertificateAnswer:
     """Ask again and again until the answer to this key is there."""
     arrived: queue.Queue[bytes] = queue.Queue(maxsize=32)
@@ -189,7 +214,7 @@ def _ask(
             while True:
                 if stop.is_set():
                     raise Stopped
-                _still_starting()
+                tick()
                 now = time.monotonic()
                 if connection.connected and now >= ask_at:
                     asked = connection.publish(topics.certificate_request(bundle.claim), CertificateRequest(request, max(0.0, time.time())).to_bytes())
@@ -269,8 +294,12 @@ def _silence(connection: BrokerConnection, asked: PublishHandle | None, bundle: 
     return f"the broker at {connection.address} does not answer; check the network"
 
 
-def _still_starting() -> None:
+def _still_starting(alive_file: Path) -> None:
+    """To systemd and health checks, as long as it takes."""
     notify("EXTEND_TIMEOUT_USEC=120000000\nSTATUS=enrolling")
+    if alive_trouble(alive_file, TOUCH_SECONDS):
+        with suppress(OSError):
+            touch_alive(alive_file)
 
 
 # The claim's secret.
@@ -327,6 +356,15 @@ def wipe(path: Path) -> str:
     except OSError as error:
         why = error.strerror or str(error)
     return "" if gone else why
+
+
+def _wiping_began(path: Path) -> bool:
+    """What a power cut while wiping leaves."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    return not content or b"\0" in content
 
 
 def _wiped(bundle_file: Path) -> str:

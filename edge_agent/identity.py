@@ -136,13 +136,13 @@ class IdentityStore:
         if checkpoint_key:
             write_file(self._next / CHECKPOINT_KEY, checkpoint_key.encode("ascii"))
         write_file(self._next / FACTS, facts.model_dump_json(indent=2).encode())
-        (self._next / CLAIM).unlink(missing_ok=True)
         sync_folder(self._next)
         target = self.folder / serial
         shutil.rmtree(target, ignore_errors=True)  # the same certificate once more, after a crash
         self._next.rename(target)
         sync_folder(self.folder)
         self._switch(target)
+        (target / CLAIM).unlink(missing_ok=True)  # not before: the key would be forgotten by a crash in between, the claim spent on it
         identity = self.load()
         assert identity is not None, "it was just written"
         return identity

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from side_tuning.broker_settings import BrokerSettings
-from side_tuning.bundle import Bundle, read_bundle
+from side_tuning.bundle import Bundle, BundleError, read_bundle
 from side_tuning.wire.topics import check_device_name
 
 IDENTITY = "identity"
@@ -74,7 +74,12 @@ def fill_in(values: dict[str, Any], default_state: Path) -> dict[str, Any]:
     facts = read_facts(state)
     bundle_file = values.get("bundle_file")
     if bundle_file and (facts is None or Path(bundle_file).exists()):
-        bundle = IdentityFacts.of(read_bundle(Path(bundle_file)))
+        try:
+            bundle = IdentityFacts.of(read_bundle(Path(bundle_file)))
+        except BundleError:
+            if facts is None:
+                raise
+            bundle = facts  # half wiped, say: no reason not to start with the identity that there is
         if facts is None or bundle.claim != facts.claim:  # the first, or a new one after a certificate that is no good any more
             facts = bundle
     if facts is None:

@@ -17,7 +17,7 @@ from cryptography import x509
 
 from coordinator.authority import make_authority
 from edge_agent import enrol as enrolment
-from edge_agent.enrol import EnrolmentFailed, Stopped, enrol, wipe
+from edge_agent.enrol import EnrolmentFailed, Stopped, enrol, enrol_before_start, wipe
 from edge_agent.identity import IdentityStore
 from edge_agent.identity_file import IdentityError
 from edge_agent.settings import AgentSettings
@@ -318,6 +318,38 @@ def test_enrolling_loads_neither_torch_nor_a_server_and_stays_small(tmp_path: Pa
     loaded, _, kilobytes = done.stdout.strip().rpartition(" KB ")
     assert loaded.endswith("LOADED []")
     assert int(kilobytes) < 120_000
+
+
+def test_a_useless_bundle_does_not_keep_an_enrolled_device_from_starting(tmp_path: Path, broker: TlsBroker, ask, caplog):
+    """A spent one of an earlier claim, or rubbish: the identity that works stays."""
+    with Answering(broker) as answering:
+        ask()
+        settings = AgentSettings(
+            state_directory=tmp_path / "state", backbone={"folder": tmp_path}, bundle_file=make_bundle(broker, tmp_path, claim="claim-00000000000000ff"),
+        )
+        answering.answer = say("refused", "claim-spent")
+        assert enrol_before_start(settings, threading.Event())
+        assert "the identity from before stays" in caplog.text
+        (tmp_path / "kitchen.bundle").write_text("rubbish")
+        assert enrol_before_start(settings, threading.Event())
+        (tmp_path / "kitchen.bundle").write_bytes(b"\0" * 300)
+        assert enrol_before_start(settings, threading.Event())
+        assert not (tmp_path / "kitchen.bundle").exists()
+
+
+def test_run_waits_for_a_bundle_that_works(tmp_path: Path, broker: TlsBroker, monkeypatch: pytest.MonkeyPatch, caplog):
+    monkeypatch.setattr(enrolment, "RETRY_MIN_SECONDS", 0.5)
+    bundle = make_bundle(broker, tmp_path)
+    settings = AgentSettings(state_directory=tmp_path / "state", backbone={"folder": tmp_path}, bundle_file=bundle)
+    with Answering(broker, say("refused", "claim-withdrawn")) as answering:
+        done: list[bool] = []
+        waiting = threading.Thread(target=lambda: done.append(enrol_before_start(settings, threading.Event())))
+        waiting.start()
+        wait_until(lambda: "was withdrawn" in caplog.text, LONG, "told")
+        answering.answer = Answering.issue
+        waiting.join(LONG)
+    assert done == [True]
+    assert (tmp_path / "state" / "alive").exists(), "health checks see a program that lives"
 
 
 def test_run_enrols_first_and_says_why_it_waits(tmp_path: Path, broker: TlsBroker):

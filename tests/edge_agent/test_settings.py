@@ -186,6 +186,8 @@ def test_an_identity_needs_no_bundle_any_more(tmp_path: Path) -> None:
     assert (settings.broker.host, settings.broker.keepalive_seconds) == ("elsewhere.example", 30)
     write_bundle(tmp_path / "bundle.json")  # the spent one: what enrolment found goes first
     assert load_settings(write(tmp_path, BUNDLED)).broker.host == "elsewhere.example"
+    (tmp_path / "bundle.json").write_bytes(b"\0" * 500)  # a power cut while it was wiped
+    assert load_settings(write(tmp_path, BUNDLED)).broker.host == "elsewhere.example"
     write_bundle(tmp_path / "bundle.json", claim="claim-00000000000000aa")  # a new one is meant to replace it
     assert load_settings(write(tmp_path, BUNDLED)).broker.host == "broker.example"
 
