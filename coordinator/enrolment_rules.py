@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Literal
 
+from coordinator.authority import BACKDATED
 from coordinator.store.identities import CertificateRow, ClaimRow, IdentityRow
 
 Outcome = Literal["issue", "repeat", "hold", "wait", "refuse"]
@@ -116,20 +117,25 @@ def decide_renewal(
     same_key = [row for row in certificates if row.key_digest == facts.key_digest]
     if any(row.revoked_at is not None for row in same_key):
         return refuse("revoked", "the certificate for this key was revoked; make a new key")
-    fresh = [row for row in same_key if now < row.issued_at + (row.expires_at - row.issued_at) / 2]
+    fresh = [row for row in same_key if _begun(row, now) and now < row.issued_at + (row.expires_at - row.issued_at) / 2]
     if fresh:
         return Decision("repeat", device, certificate=max(fresh, key=lambda row: row.expires_at))
-    if sum(row.issued_at > now - DAY for row in certificates) >= MOST_PER_DAY:
+    if sum(_begun(row, now) and row.issued_at > now - DAY for row in certificates) >= MOST_PER_DAY:
         return Decision("wait", device, text=f"{MOST_PER_DAY} certificates within a day are enough; ask again tomorrow")
     return Decision("issue", device)
 
 
 def _repeat(device: str, certificate: CertificateRow | None, now: datetime) -> Decision | None:
-    if certificate is None or certificate.expires_at <= now:
+    if certificate is None or certificate.expires_at <= now or not _begun(certificate, now):
         return None
     if certificate.revoked_at is not None:
         return Decision("refuse", device, "revoked", "the certificate for this claim was revoked; ask for a new bundle")
     return Decision("repeat", device, certificate=certificate)
+
+
+def _begun(certificate: CertificateRow, now: datetime) -> bool:
+    """False for one that was made while the coordinator's clock was ahead: no broker takes it."""
+    return certificate.issued_at - BACKDATED <= now
 
 
 def _minute(moment: datetime) -> str:

@@ -96,12 +96,12 @@ class Renewals:
 
     def __init__(self, settings: CoordinatorSettings) -> None:
         self._settings = settings
-        self._due_at: datetime | None = None
+        self._done_at: datetime | None = None
 
     def run_due(self, fleet: Authority, now: datetime) -> None:
-        if self._due_at is not None and now < self._due_at:
-            return
-        self._due_at = now + timedelta(days=1)
+        if self._done_at is not None and timedelta(0) <= now - self._done_at < timedelta(days=1):
+            return  # negative: the clock was ahead, and so is what was issued then
+        self._done_at = now
         done: list[str] = []
         for wanted in _certificates(self._settings, fleet):
             try:
@@ -153,6 +153,9 @@ def _make_identities(settings: CoordinatorSettings, now: datetime) -> list[str]:
         own = identity_directory(settings, program)
         own.mkdir(mode=PRIVATE_FOLDER, parents=True, exist_ok=True)
         _keep_file(own / "authorities.pem", certificate_pem(fleet.certificate))
+    if now < fleet.certificate.not_valid_before_utc:
+        done.append(f"WARNING: no certificate was looked after, since this machine's clock shows {now:%Y-%m-%d}, before the fleet authority was made: set it")
+        return done
     for wanted in _certificates(settings, fleet):
         if not wanted.key_file.exists():
             write_atomically(wanted.key_file, key_pem(new_key()), PRIVATE_FILE)

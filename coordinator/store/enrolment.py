@@ -29,6 +29,7 @@ def replaced_certificates(session: Session, now: datetime) -> Sequence[tuple[str
     in_use = exists().where(
         younger.device == Certificate.device,
         younger.issued_at > Certificate.issued_at,
+        younger.issued_at <= now,  # else made while this machine's clock was ahead: of no use now
         younger.seen_at.is_not(None),
         younger.revoked_at.is_(None),
     )

@@ -332,6 +332,8 @@ def test_revocation_lists_are_left_alone_while_they_are_good(tmp_path, authoriti
         assert one.follow([], moment + timedelta(days=41)), "damaged, or another authority's"
     path.unlink()
     assert one.follow([], moment + timedelta(days=41))
+    assert one.follow([], moment), "made by a clock that was ahead: not valid yet, so the broker would let nobody in"
+    assert not one.follow([], moment)
 
 
 def test_a_database_from_a_backup_lets_nobody_in_again(settings, store, authorities, asker):

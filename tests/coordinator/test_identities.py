@@ -209,8 +209,25 @@ def test_damaged_certificates_and_lost_keys_of_ours_are_made_anew(settings):
         tls_context(broker_settings_for(settings, name))
 
 
-def test_a_certificate_from_a_clock_ahead_is_issued_again(settings):
-    assert len(make_identities(settings, NOW - timedelta(days=30))) == 1 + len(PROGRAMS)
+def test_certificates_from_a_clock_ahead_are_issued_again(settings):
+    before = contents(settings)
+    ahead = NOW + timedelta(days=1000)
+    make_identities(settings, ahead)
+    assert len(make_identities(settings, NOW)) == 1 + len(PROGRAMS)
+    renewals = Renewals(settings)
+    fleet = load_authority(settings.authority_directory, "fleet-authority")
+    renewals.run_due(fleet, ahead)
+    renewals.run_due(fleet, NOW)
+    assert certificate(settings.broker_directory / "broker.pem").not_valid_before_utc < NOW
+    assert contents(settings).keys() == before.keys()
+
+
+def test_a_clock_that_starts_in_1970_changes_no_certificate(settings):
+    """What it dated would have expired when the clock is set."""
+    before = contents(settings)
+    (line,) = make_identities(settings, datetime(1970, 1, 2, tzinfo=timezone.utc))
+    assert "clock" in line
+    assert contents(settings) == before
 
 
 def test_two_at_once_are_told_apart_and_a_bad_host_name_is_told(tmp_path):

@@ -69,6 +69,17 @@ def test_a_certificate_is_replaced_once_a_younger_one_was_seen(store: Store):
         assert replaced_certificates(session, after(9)) == []
 
 
+def test_a_certificate_from_a_clock_ahead_replaces_none(store: Store):
+    """Else a device that enrols anew once the clock is right would lose its new certificate at once."""
+    with store.write() as session:
+        give_claim(session, "kitchen", "claim-1")
+        give_certificate(session, "a1", after(1))
+        give_certificate(session, "a2", after(1) + timedelta(days=4000))
+        mark_certificate_seen(session, "kitchen", "a2", at=after(2))
+    with store.read() as session:
+        assert replaced_certificates(session, after(3)) == []
+
+
 def test_revoked_devices(store: Store):
     with store.write() as session:
         for name in ("kitchen", "attic"):
