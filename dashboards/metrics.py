@@ -9,6 +9,7 @@ explains every family.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -28,6 +29,9 @@ from dashboards.measures import Measures, take_measures
 from dashboards.snapshot import STATES, FleetSnapshot
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+# Of the device that is shut out nobody expects anything any more, whatever its connection looks like.
+REVOKED = "revoked"
+_CONNECTED = ("on-time", "late", "quiet")
 _LABEL_CHARACTERS = 64
 _MOST_DATES = 16  # certificates that one program tells of
 
@@ -37,12 +41,16 @@ _FAMILIES = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily}
 
 @dataclass(frozen=True)
 class PerDevice:
-    """A family with one series per device; a device for which `value` is None has none."""
+    """A family with one series per device; a device for which `value` is None has none.
+
+    `live`: of no use once the device is gone: the heat of a board that is off must raise no alarm.
+    """
 
     name: str
     kind: Kind
     help: str
     value: Callable[[DeviceOverview], float | None]
+    live: bool = False
 
 
 def _at(moment: datetime | None) -> float | None:
@@ -91,7 +99,7 @@ PER_DEVICE = (
     PerDevice("samples_abandoned", "gauge", "Samples that went with a spool that the device has no more.", lambda d: d.ledger.abandoned),
     PerDevice("ledger_balanced", "gauge", "1 while every sample is accounted for, 0 when some are lost.", lambda d: float(d.ledger.balanced)),
     PerDevice("accuracy_ratio", "gauge", "Accuracy on the device's held-out samples, 0 to 1.", lambda d: d.accuracy),
-    PerDevice("clock_offset_seconds", "gauge", "How far the device's clock is ahead of the coordinator's.", lambda d: d.clock_offset_seconds),
+    PerDevice("clock_offset_seconds", "gauge", "How far the device's clock is ahead of the coordinator's.", lambda d: d.clock_offset_seconds, live=True),
     PerDevice("spool_samples", "gauge", "Samples waiting on the device, by its newest report.", _spooled("spooled")),
     PerDevice("spool_frames", "gauge", "Frames waiting on the device.", _spooled("spooled_frames")),
     PerDevice("spool_bytes", "gauge", "Bytes waiting on the device.", _spooled("spooled_bytes")),
@@ -100,16 +108,16 @@ PER_DEVICE = (
     PerDevice("sent_bytes", "counter", "Frame payload handed to the broker, resends included.", _reported("bytes_sent")),
     PerDevice("paused", "gauge", "1 while the device is paused.", _reported("paused")),
     PerDevice("plan_version", "gauge", "Tap plan in use.", _reported("plan_version")),
-    PerDevice("plan_refused", "gauge", "1 while the device cannot follow a tap plan.", _trouble("plan_error")),
+    PerDevice("plan_refused", "gauge", "1 while the device cannot follow a tap plan.", _trouble("plan_error"), live=True),
     PerDevice("checkpoint_generation", "gauge", "Checkpoint in use, 0 for none.", _reported("checkpoint")),
-    PerDevice("checkpoint_refused", "gauge", "1 while the device refuses a checkpoint.", _trouble("checkpoint_error")),
-    PerDevice("forward_seconds", "gauge", "Forward pass, mean per sample since the last report.", _reported("forward_seconds")),
-    PerDevice("temperature_celsius", "gauge", "Temperature of the processor.", _reported("temperature_celsius")),
-    PerDevice("throttled", "gauge", "1 while the processor is slowed down for heat or low voltage.", _reported("throttled")),
-    PerDevice("load1", "gauge", "Load average over one minute.", _reported("load_1m")),
-    PerDevice("memory_available_bytes", "gauge", "Memory available on the device.", _reported("memory_available_bytes")),
+    PerDevice("checkpoint_refused", "gauge", "1 while the device refuses a checkpoint.", _trouble("checkpoint_error"), live=True),
+    PerDevice("forward_seconds", "gauge", "Forward pass, mean per sample since the last report.", _reported("forward_seconds"), live=True),
+    PerDevice("temperature_celsius", "gauge", "Temperature of the processor.", _reported("temperature_celsius"), live=True),
+    PerDevice("throttled", "gauge", "1 while the processor is slowed down for heat or low voltage.", _reported("throttled"), live=True),
+    PerDevice("load1", "gauge", "Load average over one minute.", _reported("load_1m"), live=True),
+    PerDevice("memory_available_bytes", "gauge", "Memory available on the device.", _reported("memory_available_bytes"), live=True),
     PerDevice("memory_peak_bytes", "gauge", "Most memory that the agent ever held.", _reported("peak_rss_bytes")),
-    PerDevice("disk_free_bytes", "gauge", "Free room on the disk of the spool.", _reported("disk_free_bytes")),
+    PerDevice("disk_free_bytes", "gauge", "Free room on the disk of the spool.", _reported("disk_free_bytes"), live=True),
 )  # fmt: skip
 
 
@@ -118,21 +126,29 @@ def clean(value: object) -> str:
     return "".join(c if c.isprintable() and not "\ud800" <= c <= "\udfff" else "?" for c in str(value)[:_LABEL_CHARACTERS])
 
 
-def worst_first(devices: Iterable[DeviceOverview]) -> list[DeviceOverview]:
-    """Lost samples first, then by state, then who has been in it for longest."""
-    return sorted(devices, key=lambda d: (d.ledger.balanced, STATES.index(d.state), d.since, d.device))
+def states_of(snapshot: FleetSnapshot) -> dict[str, str]:
+    """Each device's state by name; that of a revoked one is `revoked`."""
+    revoked = {access.device for access in snapshot.access.values() if access.revoked_at is not None}
+    return {device.device: REVOKED if device.device in revoked else device.state for device in snapshot.devices}
+
+
+def worst_first(devices: Iterable[DeviceOverview], states: Mapping[str, str]) -> list[DeviceOverview]:
+    """Lost samples first, then by state, then who has been in it for longest; revoked ones last."""
+    order = (*STATES, REVOKED)
+    return sorted(devices, key=lambda d: (states[d.device] == REVOKED, d.ledger.balanced, order.index(states[d.device]), d.since, d.device))
 
 
 def metric_families(snapshot: FleetSnapshot, measures: Measures, devices_shown: int) -> Iterator[Metric]:
     """Everything that one scrape shows; `devices_shown` is the limit on devices with series of their own (47 each)."""
     yield InfoMetricFamily("mobillm_build", "Version of mobillm-fleet.", value={"version": version("mobillm-fleet")})
-    yield from _fleet(snapshot, measures)
+    states = states_of(snapshot)
+    yield from _fleet(snapshot, measures, states)
     yield from _learning(snapshot, measures)
     yield from _server(snapshot, measures)
-    ordered = worst_first(snapshot.devices)
+    ordered = worst_first(snapshot.devices, states)
     shown = ordered[:devices_shown]
     yield _gauge("device_series_left_out", "Devices without series of their own, for the limit was reached.", len(ordered) - len(shown))
-    yield from _devices(shown, measures)
+    yield from _devices(shown, measures, states)
 
 
 def _gauge(name: str, text: str, value: float | None = None) -> GaugeMetricFamily:
@@ -151,13 +167,13 @@ def _labelled(name: str, text: str, label: str, values: Mapping[str, float | Non
     return family
 
 
-def _fleet(snapshot: FleetSnapshot, measures: Measures) -> Iterator[Metric]:
+def _fleet(snapshot: FleetSnapshot, measures: Measures, states: Mapping[str, str]) -> Iterator[Metric]:
     totals, ledger = snapshot.totals, snapshot.totals.ledger
-    yield _labelled("devices", "Devices by state.", "state", snapshot.states())
+    counted = Counter(states.values())
+    yield _labelled("devices", "Devices by state.", "state", {state: counted[state] for state in (*STATES, REVOKED)})
     yield _gauge("devices_unbalanced", "Devices whose loss ledger does not balance.", sum(not d.ledger.balanced for d in snapshot.devices))
     access = snapshot.access.values()
     yield _gauge("devices_enrolled", "Devices that have had a certificate and are not revoked.", sum(a.enrolled_at is not None and a.revoked_at is None for a in access))
-    yield _gauge("devices_revoked", "Devices that may no more come in.", sum(a.revoked_at is not None for a in access))
     yield _gauge("devices_waiting_for_approval", "Devices whose first certificate request waits for a person.", sum(a.waits_since is not None for a in access))
     yield _counter("frames_stored", "Frames stored.", totals.frames_stored)
     yield _counter("samples_stored", "Samples stored.", totals.samples_stored)
@@ -276,25 +292,27 @@ def number(value: Any) -> float | None:
         return None
 
 
-def _devices(shown: list[DeviceOverview], measures: Measures) -> Iterator[Metric]:
+def _devices(shown: list[DeviceOverview], measures: Measures, of: Mapping[str, str]) -> Iterator[Metric]:
     info = InfoMetricFamily("mobillm_device", "Backbone and agent of a device.", labels=["device"])
     states = GaugeMetricFamily("mobillm_device_state", "1 for the state that the device is in, 0 for the others.", labels=["device", "state"])
     names = {id(device): clean(device.device) for device in shown}
     for device in shown:
         agent = "" if device.health is None else device.health.agent_version
         info.add_metric([names[id(device)]], {"backbone": clean(device.backbone or ""), "agent_version": clean(agent)})
-        for state in STATES:
-            states.add_metric([names[id(device)], state], float(device.state == state))
+        for state in (*STATES, REVOKED):
+            states.add_metric([names[id(device)], state], float(of[device.device] == state))
     yield info
     yield states
     for row in PER_DEVICE:
         family: Any = _FAMILIES[row.kind](f"mobillm_device_{row.name}", row.help, labels=["device"])
         for device in shown:
+            if row.live and of[device.device] not in _CONNECTED:
+                continue
             value = row.value(device)
             if value is not None and math.isfinite(value):
                 family.add_metric([names[id(device)]], value)
         yield family
-    yield from _device_certificates(shown, measures)
+    yield from _device_certificates([device for device in shown if of[device.device] != REVOKED], measures)
 
 
 def _device_certificates(shown: list[DeviceOverview], measures: Measures) -> Iterator[Metric]:

@@ -21,7 +21,7 @@ from coordinator.settings import CoordinatorSettings
 from coordinator.store.engine import Store
 from coordinator.store.health import record_health
 from coordinator.store.ingest import insert_frames
-from coordinator.store.models import ProgramRow
+from coordinator.store.models import Identity, ProgramRow
 from dashboards.app import make_app
 from dashboards.measures import Measures, take_measures
 from dashboards.metrics import CONTENT_TYPE, clean, metric_families
@@ -128,6 +128,28 @@ def test_beyond_the_limit_the_worst_devices_stay(settings: CoordinatorSettings, 
     assert devices == {"attic", "cellar"}, "the one that loses samples and the lost one; the one that is well is left out"
     assert values(found)["mobillm_device_series_left_out",] == 1
     assert values(found)["mobillm_frames_stored_total",] == 3, "sums are over all"
+
+
+def test_a_revoked_device_is_waited_for_by_no_alert(settings: CoordinatorSettings, store: Store):
+    fill(store, START)
+    with store.write() as session:
+        session.add(Identity(device="cellar", created_at=START, enrolled_at=START, revoked_at=START))
+        record_health(session, "cellar", full_report(after(-7000)), after(-7000))
+    found = values(families_of(settings, store, after(1)))
+    assert (found["mobillm_devices", "lost"], found["mobillm_devices", "revoked"]) == (0, 1)
+    assert (found["mobillm_device_state", "cellar", "lost"], found["mobillm_device_state", "cellar", "revoked"]) == (0, 1)
+    assert ("mobillm_device_certificate_expiry_timestamp_seconds", "cellar") not in found
+    assert ("mobillm_device_temperature_celsius", "cellar") not in found
+
+
+def test_the_board_of_a_device_that_is_gone_has_no_figures(settings: CoordinatorSettings, store: Store):
+    """What it reported last must raise no alarm for ever; what waits in its spool is still there."""
+    fill(store, START)
+    found = values(families_of(settings, store, after(3600)))
+    assert found["mobillm_device_state", "kitchen", "lost"] == 1
+    assert ("mobillm_device_temperature_celsius", "kitchen") not in found
+    assert ("mobillm_device_clock_offset_seconds", "kitchen") not in found
+    assert found["mobillm_device_spool_samples", "kitchen"] == 1
 
 
 HOSTILE = 'x"} 1\nmobillm_store_up 0\n# <script>\ud800\x00\\"'
