@@ -20,7 +20,7 @@ from fastapi import Request
 
 from coordinator.store.engine import Store, open_store
 from coordinator.store.errors import StoreError
-from coordinator.store.fleet import KnownHealth
+from coordinator.store.fleet import FleetMemory
 from dashboards.snapshot import FleetSnapshot, take_snapshot
 from side_tuning.repeats import Repeats
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 MAX_VIEWERS = 500
 RETRY_SECONDS = 1.0  # between attempts to open a store that is not there yet
 KEEP_ALIVE_SECONDS = 15.0  # so that a viewer who vanished is noticed
-# Reading may take this share of the time at most: a fleet that takes long to read is read less often.
+# A round may cost this share of a core at most: a large fleet is read less often, never the gateway starved.
 BUSY_SHARE = 0.05
 
 Fragments = Mapping[str, str]
@@ -102,9 +102,10 @@ class Live:
         self._every = every_seconds
         self._heartbeat = heartbeat_seconds
         self._now = now
-        self._known_health: KnownHealth = {}
+        self._memory = FleetMemory()
         self._snapshot: FleetSnapshot | None = None
         self._taken_at = float("-inf")
+        self._cost = 0.0  # seconds of processor time that the newest snapshot took
         self._read_lock = threading.Lock()
         self._channels: dict[str, Channel] = {}
         self._lock = threading.Lock()  # of channels and closed
@@ -127,7 +128,7 @@ class Live:
         """
         with self._read_lock:
             kept = self._snapshot
-            if kept is not None and time.monotonic() - self._taken_at < self._pause(kept):
+            if kept is not None and time.monotonic() - self._taken_at < self._pause(self._cost):
                 return kept
             return self._read()
 
@@ -137,12 +138,13 @@ class Live:
             return self._read()
 
     def _read(self) -> FleetSnapshot:
-        taken = take_snapshot(self._access.reader(), self._now(), self._heartbeat, self._known_health)
-        self._snapshot, self._taken_at = taken, time.monotonic()
+        began = time.thread_time()
+        taken = take_snapshot(self._access.reader(), self._now(), self._heartbeat, self._memory)
+        self._snapshot, self._taken_at, self._cost = taken, time.monotonic(), time.thread_time() - began
         return taken
 
-    def _pause(self, snapshot: FleetSnapshot | None) -> float:
-        return max(self._every, 0.0 if snapshot is None else snapshot.read_seconds / BUSY_SHARE)
+    def _pause(self, cost: float) -> float:
+        return max(self._every, cost / BUSY_SHARE)
 
     # Viewers.
 
@@ -217,26 +219,21 @@ class Live:
                 self._wake.wait(60.0)
                 self._wake.clear()
                 continue
-            began = time.monotonic()
+            began, spent = time.monotonic(), time.thread_time()
             try:
-                snapshot = self.snapshot()
-                self._refresh(snapshot)
+                self._refresh(self.snapshot())
             except StoreError as error:
-                snapshot = None
                 if self._troubles.count(str(error)) == 1:
                     logger.warning("the fleet cannot be read: %s", error)
             except Exception:
                 # A page that cannot be rendered must not leave every other page standing still.
-                snapshot = None
                 logger.exception("a round of live updates failed")
             self.rounds += 1
-            pause = self._pause(snapshot) - (time.monotonic() - began)
-            # A new viewer does not wait for the round: its page is complete, and the first event brings the next one.
-            deadline = time.monotonic() + max(pause, self._every / 4)
+            deadline = began + self._pause(time.thread_time() - spent)
             while not self.closed and (left := deadline - time.monotonic()) > 0:
                 if self._wake.wait(left) and not self.closed:
                     self._wake.clear()
-                    self._refresh_new()
+                    self._refresh_new()  # a new viewer does not wait for the next round
 
     def _refresh(self, snapshot: FleetSnapshot, *, only_new: bool = False) -> None:
         with self._lock:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from coordinator.store.engine import Store
-from coordinator.store.fleet import DeviceOverview, FleetTotals, KnownHealth, device_overview, fleet_totals
+from coordinator.store.fleet import DeviceOverview, FleetMemory, FleetTotals, device_overview, fleet_totals
 from coordinator.store.programs import ProgramState, program_states
 from coordinator.store.training import StoredCheckpoint, checkpoints
 from coordinator.store.views import (
@@ -55,11 +55,11 @@ class FleetSnapshot:
         return sum(one.rate_5m for one in self.devices)
 
 
-def take_snapshot(store: Store, now: datetime, heartbeat_seconds: float, known_health: KnownHealth) -> FleetSnapshot:
+def take_snapshot(store: Store, now: datetime, heartbeat_seconds: float, memory: FleetMemory) -> FleetSnapshot:
     """Read the fleet as it is now."""
     began = time.perf_counter()
     with store.read() as session:
-        devices = device_overview(session, now, heartbeat_seconds, known_health=known_health)
+        devices = device_overview(session, now, heartbeat_seconds, memory=memory)
         run = newest_run(session)
         return FleetSnapshot(
             at=now,

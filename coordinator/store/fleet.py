@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -80,8 +80,29 @@ class FleetTotals:
     ledger: arrivals.Ledger
 
 
-# What devices said last, decoded; kept by a caller that looks again and again, so that only news is decoded.
-KnownHealth = dict[str, tuple[bytes, Health | None]]
+@dataclass
+class FleetMemory:
+    """What one look at the fleet has worked out and the next can use: only what changed is decoded and added up again."""
+
+    health: dict[str, tuple[bytes, Health | None]] = field(default_factory=dict)
+    spools: dict[str, tuple[list[Any], SpoolSums]] = field(default_factory=dict)
+    evaluation: int | None = None  # the newest that `accuracy` takes in
+    accuracy: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SpoolSums:
+    """All spools of one device together."""
+
+    views: tuple[SpoolOverview, ...]
+    stored_frames: int
+    stored_samples: int
+    stored_bytes: int
+    rejected_frames: int
+    duplicate_frames: int
+    duplicate_samples: int
+    gap_frames: int
+    ledger: arrivals.Ledger
 
 
 def device_overview(
@@ -90,11 +111,14 @@ def device_overview(
     heartbeat_seconds: float = arrivals.HEARTBEAT_SECONDS,
     *,
     device: str | None = None,
-    known_health: KnownHealth | None = None,
+    memory: FleetMemory | None = None,
 ) -> list[DeviceOverview]:
     """Every device by name, or just one. Few queries, whatever the size of the fleet."""
-    known = {} if known_health is None else known_health
-    accuracy = newest_accuracy(session)
+    memory = memory or FleetMemory()
+    newest = session.scalar(select(func.max(Evaluation.id)))
+    if newest != memory.evaluation:
+        memory.evaluation, memory.accuracy = newest, newest_accuracy(session)
+    accuracy = memory.accuracy
     # Plain rows: with thousands of devices, making mapped objects of them takes longer than reading them.
     wanted = select(*Device.__table__.columns).order_by(Device.name)
     of_spools = select(*Spool.__table__.columns).order_by(Spool.id)
@@ -105,7 +129,7 @@ def device_overview(
     for spool in session.execute(of_spools):
         spools[spool.device_id].append(spool)
     devices = session.execute(wanted).all()
-    return [_overview(row, spools[row.id], accuracy.get(row.name), now, heartbeat_seconds, known) for row in devices]
+    return [_overview(row, spools[row.id], accuracy.get(row.name), now, heartbeat_seconds, memory) for row in devices]
 
 
 def heard_devices(session: Session) -> set[str]:
@@ -178,11 +202,11 @@ def spool_ledger(spool: Spool) -> arrivals.Ledger:
 
 
 def _overview(  # noqa: PLR0917 - a row and what goes with it
-    row: Any, spools: Sequence[Any], accuracy: float | None, now: datetime, heartbeat_seconds: float, known: KnownHealth
+    row: Any, spools: list[Any], accuracy: float | None, now: datetime, heartbeat_seconds: float, memory: FleetMemory
 ) -> DeviceOverview:
     seconds = to_seconds(now)
     expected = arrivals.expected_by(pace_of(row))
-    health = _health(row, known)
+    health = _health(row, memory)
     fresh = row.heartbeat_at is not None and (row.last_arrival_at is None or row.heartbeat_at >= row.last_arrival_at)
     state = arrivals.state(
         arrivals.Signals(
@@ -200,10 +224,10 @@ def _overview(  # noqa: PLR0917 - a row and what goes with it
         heartbeat_seconds,
     )
     rates = rate_of(row).rates(seconds)
-    views = tuple(
-        SpoolOverview(s.spool, s.created_at, s.superseded_at, s.stored_through, s.highest_sequence, spool_gaps(s), spool_ledger(s))
-        for s in spools
-    )
+    before = memory.spools.get(row.name)
+    if before is None or before[0] != spools:
+        before = memory.spools[row.name] = (spools, _sums(spools))
+    sums = before[1]
     return DeviceOverview(
         device=row.name,
         state=state.state,
@@ -216,15 +240,15 @@ def _overview(  # noqa: PLR0917 - a row and what goes with it
         rate_1m=rates[0],
         rate_5m=rates[1],
         rate_60m=rates[2],
-        stored_frames=sum(spool.stored_frames for spool in spools),
-        stored_samples=sum(spool.stored_samples for spool in spools),
-        stored_bytes=sum(spool.stored_bytes for spool in spools),
-        rejected_frames=sum(spool.rejected_frames for spool in spools) + row.unattributed_rejections,
-        duplicate_frames=sum(spool.duplicate_frames for spool in spools),
-        duplicate_samples=sum(spool.duplicate_samples for spool in spools),
-        gap_frames=sum(view.gap_frames for view in views if view.superseded_at is None),
-        ledger=arrivals.combine(view.ledger for view in views),
-        spools=views,
+        stored_frames=sums.stored_frames,
+        stored_samples=sums.stored_samples,
+        stored_bytes=sums.stored_bytes,
+        rejected_frames=sums.rejected_frames + row.unattributed_rejections,
+        duplicate_frames=sums.duplicate_frames,
+        duplicate_samples=sums.duplicate_samples,
+        gap_frames=sums.gap_frames,
+        ledger=sums.ledger,
+        spools=sums.views,
         health=health,
         heartbeat_at=row.heartbeat_at,
         clock_offset_seconds=row.clock_offset_seconds,
@@ -232,17 +256,35 @@ def _overview(  # noqa: PLR0917 - a row and what goes with it
     )
 
 
-def _health(row: Any, known: KnownHealth) -> Health | None:
+def _sums(spools: Sequence[Any]) -> SpoolSums:
+    views = tuple(
+        SpoolOverview(s.spool, s.created_at, s.superseded_at, s.stored_through, s.highest_sequence, spool_gaps(s), spool_ledger(s))
+        for s in spools
+    )
+    return SpoolSums(
+        views=views,
+        stored_frames=sum(spool.stored_frames for spool in spools),
+        stored_samples=sum(spool.stored_samples for spool in spools),
+        stored_bytes=sum(spool.stored_bytes for spool in spools),
+        rejected_frames=sum(spool.rejected_frames for spool in spools),
+        duplicate_frames=sum(spool.duplicate_frames for spool in spools),
+        duplicate_samples=sum(spool.duplicate_samples for spool in spools),
+        gap_frames=sum(view.gap_frames for view in views if view.superseded_at is None),
+        ledger=arrivals.combine(view.ledger for view in views),
+    )
+
+
+def _health(row: Any, memory: FleetMemory) -> Health | None:
     if row.health is None:
         return None
-    before = known.get(row.name)
+    before = memory.health.get(row.name)
     if before is not None and before[0] == row.health:
         return before[1]
     try:
         health = Health.from_bytes(row.health)
     except FrameError:  # written by a newer version of this program
         health = None
-    known[row.name] = (row.health, health)
+    memory.health[row.name] = (row.health, health)
     return health
 
 

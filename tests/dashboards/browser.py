@@ -64,4 +64,4 @@ def picture(page: Page, name: str) -> None:
     """Keep a screenshot where SCREENSHOTS names a folder."""
     if folder := os.environ.get("SCREENSHOTS"):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=Path(folder) / f"{name}.png", full_page=name.endswith("phone"))
+        page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)

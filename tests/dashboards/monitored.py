@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from coordinator.settings import CoordinatorSettings
 from coordinator.store.engine import Store, open_store
+from coordinator.store.fleet import FleetMemory
 from coordinator.store.health import record_health
 from coordinator.store.ingest import insert_frames
 from coordinator.store.models import Backbone, Certificate, ProgramRow
@@ -128,7 +129,7 @@ def filled_store(folder: Path, now: datetime | None = None) -> Iterator[tuple[Co
 
 
 def snapshot_of(store: Store, now: datetime) -> FleetSnapshot:
-    return take_snapshot(store, now, 30.0, {})
+    return take_snapshot(store, now, 30.0, FleetMemory())
 
 
 def scraped(settings: CoordinatorSettings, store: Store) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import signal
 import subprocess
@@ -90,9 +91,10 @@ def fill(store: Store, settings: CoordinatorSettings) -> None:
         insert_rejection(session, device="garage", topic="up", payload=b"\x00broken", reason="frame: body is shorter than its header says", received_at=now())
         audit(session, at=now(), actor="claim-00", action="certificate refused", device="porch", outcome="denied", detail="the claim was spent before")
     sent = dict.fromkeys(devices, 0)
+    chance = random.Random(7)
     for minute in range(48):
         for n, device in enumerate(devices[: 6 if minute < 20 else 4]):
-            for part in range((minute * (n + 3)) % 4):  # now more, now less, now nothing
+            for part in range(chance.choice((0, 1, 1, 2, 2, 3))):  # now more, now less, now nothing
                 sent[device] += 1
                 send(store, device, sent[device], start + timedelta(minutes=minute + 2, seconds=n + 15 * part))
     for device in devices[:4]:

@@ -7,9 +7,10 @@ import time
 import pytest
 
 from coordinator.store.engine import Store
-from coordinator.store.fleet import device_overview, fleet_totals
+from coordinator.store.fleet import DeviceOverview, FleetMemory, device_overview, fleet_totals
 from coordinator.store.health import record_health
 from coordinator.store.ingest import insert_frames
+from coordinator.store.training import insert_evaluation, insert_run
 from tests.store.frames import SPOOL, START, after, make_frame, received, report, unreadable
 
 
@@ -59,3 +60,25 @@ def test_the_overview_of_two_thousand_devices_is_quick(store: Store):
     assert len(views) == 2000
     assert all(view.ledger.settled for view in views)
     assert seconds < 1.0
+
+
+def test_a_look_with_a_memory_sees_what_a_first_look_sees(store: Store):
+    memory = FleetMemory()
+
+    def both() -> tuple[list[DeviceOverview], list[DeviceOverview]]:
+        with store.read() as session:
+            return device_overview(session, after(120), memory=memory), device_overview(session, after(120))
+
+    with store.write() as session:
+        insert_frames(session, [received(make_frame("kitchen", 1)), received(make_frame("attic", 1))])
+        record_health(session, "kitchen", report(2, 2, 0, 2), after(1))
+    remembered, fresh = both()
+    assert remembered == fresh
+    with store.write() as session:
+        insert_frames(session, [received(make_frame("kitchen", 2, ("c", "d")), after(60))])
+        record_health(session, "kitchen", report(4, 2, 2, 2, at=after(61)), after(61))
+        insert_run(session, "run", {}, after(62))
+        insert_evaluation(session, "run", 10, "device", "kitchen", 0.75, 0.5, 4, after(63))
+    remembered, fresh = both()
+    assert remembered == fresh
+    assert next(one for one in fresh if one.device == "kitchen").accuracy == 0.75
