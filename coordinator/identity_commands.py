@@ -13,7 +13,6 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 from coordinator.command_line import Config, open_settings, opened_store
@@ -114,15 +113,15 @@ def devices(context: typer.Context, config: Config = None, as_json: AsJson = Fal
     """Every device: its state and since when, its rate, whether its samples add up, and what waits for a person."""
     context.obj = config
     if context.invoked_subcommand is None:
-        devices_list(config, as_json)
+        devices_list(context, config, as_json)
 
 
 @devices_app.command("list")
-def devices_list(config: Config = None, as_json: AsJson = False) -> None:
+def devices_list(context: typer.Context, config: Config = None, as_json: AsJson = False) -> None:
     """The same as `coordinator devices`."""
     from coordinator.device_table import device_lines, device_records
 
-    with opened_store(_given(config), read_only=True) as (_, store):
+    with opened_store(_given(context, config), read_only=True) as (_, store):
         if as_json:
             print(json.dumps(device_records(store), indent=2))
             return
@@ -134,7 +133,7 @@ def devices_list(config: Config = None, as_json: AsJson = False) -> None:
 
 
 @devices_app.command("show")
-def devices_show(device: Device, config: Config = None, as_json: AsJson = False) -> None:
+def devices_show(context: typer.Context, device: Device, config: Config = None, as_json: AsJson = False) -> None:
     """A device's identity, claims and certificates, and the newest of its audit trail."""
     from coordinator.device_table import device_lines
     from coordinator.store.audit import audit_entries
@@ -142,7 +141,7 @@ def devices_show(device: Device, config: Config = None, as_json: AsJson = False)
 
     _device_name(device)
     now = _now()
-    with opened_store(_given(config), read_only=True) as (_, store):
+    with opened_store(_given(context, config), read_only=True) as (_, store):
         with store.read() as session:
             identity = find_identity(session, device)
             claims, certificates = claims_of(session, device), certificates_of(session, device)
@@ -178,25 +177,25 @@ def devices_show(device: Device, config: Config = None, as_json: AsJson = False)
 
 
 @devices_app.command("approve")
-def devices_approve(device: Device, config: Config = None, actor: Actor = "operator") -> None:
+def devices_approve(context: typer.Context, device: Device, config: Config = None, actor: Actor = "operator") -> None:
     """Let a device that waits have its certificate (where enrolment.approval is manual)."""
     from coordinator.store.identities import approve_device
 
     _device_name(device)
-    with opened_store(_given(config)) as (_, store), store.write() as session:
+    with opened_store(_given(context, config)) as (_, store), store.write() as session:
         claim = approve_device(session, device, at=_now(), actor=actor)
     print(f"{device} is approved and gets its certificate when it asks next (until {_moment(claim.expires_at)} UTC)")
 
 
 @devices_app.command("revoke")
 def devices_revoke(
-    device: Device, config: Config = None, reason: Annotated[str, typer.Option(help="For the record.")] = "", actor: Actor = "operator"
+    context: typer.Context, device: Device, config: Config = None, reason: Annotated[str, typer.Option(help="For the record.")] = "", actor: Actor = "operator"
 ) -> None:
     """Shut a device out, with its certificates and open claims."""
     from coordinator.store.identities import revoke_device
 
     _device_name(device)
-    with opened_store(_given(config)) as (_, store), store.write() as session:
+    with opened_store(_given(context, config)) as (_, store), store.write() as session:
         changed = revoke_device(session, device, at=_now(), actor=actor, reason=reason)
     if changed:
         print(f"{device} is revoked; `coordinator enrolment` cuts it off within about a second")
@@ -205,12 +204,12 @@ def devices_revoke(
 
 
 @devices_app.command("rotate")
-def devices_rotate(device: Device, config: Config = None, actor: Actor = "operator") -> None:
+def devices_rotate(context: typer.Context, device: Device, config: Config = None, actor: Actor = "operator") -> None:
     """Ask a device to make a new key and get a new certificate now, well before its present one ends."""
     from coordinator.claims import ask_for_renewal
 
     _device_name(device)
-    with opened_store(_given(config)) as (_, store), store.write() as session:
+    with opened_store(_given(context, config)) as (_, store), store.write() as session:
         ask_for_renewal(session, device, at=_now(), actor=actor, lifetime=_RENEWAL_LIFETIME)
     print(f"{device} is asked for a new certificate, now or when it is back within {_RENEWAL_LIFETIME.days} days")
 
@@ -271,9 +270,9 @@ def audit(
 # Shared pieces.
 
 
-def _given(config: Path | None) -> Path | None:
+def _given(context: typer.Context, config: Path | None) -> Path | None:
     """`coordinator devices --config FILE show kitchen` names the file before the sub-command."""
-    return config or click.get_current_context().obj
+    return config or context.obj
 
 
 def _now() -> datetime:
