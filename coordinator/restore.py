@@ -98,12 +98,26 @@ def _occupied(settings: CoordinatorSettings) -> list[tuple[str, Path]]:
         for name, root in folders(settings).items()
         if root.is_dir()
         for path in sorted(root.iterdir())
-        if path.suffix != ".lock" and path.name not in ("alive", STAGING) and not path.name.startswith(BEFORE_RESTORE)
+        if path.suffix != ".lock" and path.name not in ("alive", STAGING) and not path.name.startswith(BEFORE_RESTORE) and _holds_files(path)
     ]
     url = parse_url(settings.database_url)
     if url.get_backend_name() == "sqlite":
         found += [("database", path) for end in ("", "-wal", "-shm") if (path := Path(f"{url.database}{end}")).exists()]
     return found
+
+
+def _holds_files(path: Path) -> bool:
+    """Empty folders are in nobody's way; in a container they may be places where other volumes are mounted."""
+    return not path.is_dir() or any(not inner.is_dir() for inner in path.rglob("*"))
+
+
+def _move_into(path: Path, place: Path) -> None:
+    """Move `path` to `place`; into folders that are there already, and stay, go the parts one by one."""
+    if not (path.is_dir() and place.is_dir()):
+        shutil.move(path, place)
+        return
+    for part in path.iterdir():
+        _move_into(part, place / part.name)
 
 
 def _unpack(source: Path, staging: Path) -> Manifest:
@@ -211,7 +225,7 @@ def _put_in_place(settings: CoordinatorSettings, staging: Path, aside: Path | No
     ]
     for path, place in moves:
         place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(path, place)
+        _move_into(path, place)
     for folder in (settings.authority_directory, settings.data_directory / "identities"):
         if folder.is_dir():
             folder.chmod(0o700)

@@ -23,7 +23,7 @@ OWN_IMAGES = [path for path in FILES if path.name != "docker-compose.monitoring.
 # compose has taken more since, never less.
 SCHEMA = json.loads((HERE / "compose_spec.json").read_text())
 MONITORING = {name for path in FILES if path not in OWN_IMAGES for name in re.findall(r"(?<!\$)\$\{([A-Z_]+)", path.read_text())}
-PRIVATE = {"authority", "broker", "signing", "gateway-identity", "enrolment-identity", "doctor-identity"}
+PRIVATE = {"authority", "broker", "gateway-identity", "enrolment-identity", "doctor-identity", "dashboard-password"}
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -66,10 +66,10 @@ def test_a_secret_is_mounted_only_where_it_is_used():
     assert where == {
         "authority": {"init", "enrolment"},
         "broker": {"init", "enrolment", "broker (ro)"},
-        "signing": {"init", "gateway (ro)"},
         "gateway-identity": {"init", "enrolment", "gateway (ro)"},
         "enrolment-identity": {"init", "enrolment"},
         "doctor-identity": {"init", "enrolment"},
+        "dashboard-password": {"init", "dashboard (ro)"},
     }
 
 
