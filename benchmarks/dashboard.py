@@ -282,14 +282,18 @@ def main() -> None:
                 figures["viewers_core_share_quiet_store"] = round(cpu_share(pid, given.seconds), 4)
             with viewers(place, 1):
                 figures["one_viewer_core_share"] = round(cpu_share(pid, given.seconds), 4)
-            alone, watched, sequence = [], [], 1
+            alone, watched, busy, sequence = [], [], [], 1
             _, sequence = ingest(store, sequence, given.frames)  # warm
             for _ in range(given.rounds):
                 rate, sequence = ingest(store, sequence, given.frames)
                 alone.append(rate)
                 with viewers(place, given.viewers):
+                    before, began = psutil.Process(pid).cpu_times(), time.monotonic()
                     rate, sequence = ingest(store, sequence, given.frames)
+                    after = psutil.Process(pid).cpu_times()
                 watched.append(rate)
+                busy.append((after.user + after.system - before.user - before.system) / (time.monotonic() - began))
+            figures["viewers_core_share_during_ingest"] = round(statistics.mean(busy), 4)
             figures["ingest_alone_frames_per_second"] = round(statistics.median(alone), 1)
             figures["ingest_watched_frames_per_second"] = round(statistics.median(watched), 1)
             figures["ingest_slowdown"] = round(1 - statistics.median(b / a for a, b in zip(alone, watched, strict=True)), 4)

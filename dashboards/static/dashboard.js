@@ -101,7 +101,7 @@
       const x = Math.round(u.valToPos(at, "x", true));
       if (x < u.bbox.left || x > u.bbox.left + u.bbox.width) continue;
       ctx.beginPath(); ctx.moveTo(x, u.bbox.top); ctx.lineTo(x, u.bbox.top + u.bbox.height); ctx.stroke();
-      if (x > right) { ctx.fillText(name, x + 3, u.bbox.top + 11 * devicePixelRatio); right = x + ctx.measureText(name).width + 8; }
+      if (x > right) { ctx.fillText(name, x + 4, u.bbox.top + u.bbox.height - 5 * devicePixelRatio); right = x + ctx.measureText(name).width + 8; }
     }
     ctx.restore();
   }
