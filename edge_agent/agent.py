@@ -415,7 +415,7 @@ class Agent:
             at=self._now(),
             agent_version=_agent_version(),
             started_at=self._started_at,
-            reason=(reason or self._waiting_for or self.publisher.error or self._certificate_trouble or self.spool.moved_aside)[:1000],
+            reason="; ".join(filter(None, (reason or self._trouble, self.clock.trouble)))[:1000],
             backbone=self._backbone.manifest.info(),
             plan_version=plan.version if plan else 0,
             plan_error=self.plans.error,
@@ -430,8 +430,9 @@ class Agent:
         )
 
     @property
-    def _certificate_trouble(self) -> str:
-        return (self.renewal.error if self.renewal is not None else "") or self.clock.trouble
+    def _trouble(self) -> str:
+        renewal = self.renewal.error if self.renewal is not None else ""
+        return self._waiting_for or self.publisher.error or renewal or self.spool.moved_aside
 
 
 def _agent_version() -> str:

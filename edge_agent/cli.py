@@ -60,17 +60,16 @@ def enrol(
 ) -> None:
     """Get this device's own certificate with a bundle. 0: enrolled (also if it was before), 75: try again later, 78: a new bundle is needed."""
     with _told_plainly():
-        from edge_agent.settings import state_directory_of
+        from edge_agent.settings import enrolment_places
 
-        folder, named = state_directory_of(config or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None))
-        bundle = bundle or named
+        places = enrolment_places(config or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None))
+        bundle, folder = bundle or places.bundle_file, state or places.state_directory
         if bundle is None:
             raise typer.BadParameter("give --bundle FILE, or bundle_file in the settings")
         logging.basicConfig(level=logging.CRITICAL)  # what goes wrong is told in one line at the end
         from edge_agent import enrol as enrolment
         from edge_agent.trusted_clock import TrustedClock
 
-        folder = state or folder
         try:
             clock = TrustedClock(folder)
             done = enrolment.enrol(bundle, folder, clock=clock, timeout_seconds=timeout, say=lambda text: typer.echo(f"edge-agent: {text}"))
@@ -80,6 +79,8 @@ def enrol(
                 typer.echo(f"edge-agent: {clock.trouble}", err=True)
             raise typer.Exit(error.exit_code) from error
         typer.echo(f"edge-agent: {done}")
+        if places.names_broker:
+            typer.echo("edge-agent: the settings name a broker of their own under [broker]: remove host and files there, so that the agent uses this identity")
 
 
 @app.command()

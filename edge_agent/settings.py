@@ -10,7 +10,7 @@ import difflib
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
@@ -219,11 +219,21 @@ def load_settings(path: Path | None) -> AgentSettings:
         raise ConfigError(f"an environment variable {ENVIRONMENT_PREFIX}* cannot be read: {error}; lists and tables are given as JSON") from error
 
 
-def state_directory_of(path: Path | None) -> tuple[Path, Path | None]:
-    """`state_directory` and `bundle_file` alone, from a file that may not be usable yet otherwise. Raises `ConfigError`."""
+class EnrolmentPlaces(NamedTuple):
+    """What enrolment needs of settings that may not be usable yet otherwise."""
+
+    state_directory: Path
+    bundle_file: Path | None
+    names_broker: bool  # a [broker] host of their own: then the identity is not used
+
+
+def enrolment_places(path: Path | None) -> EnrolmentPlaces:
+    """From the file (None: the environment alone). Raises `ConfigError`."""
     values = _read_toml(path) if path else {}
-    found = {name: os.environ.get(f"{ENVIRONMENT_PREFIX}{name.upper()}") or values.get(name) for name in ("state_directory", "bundle_file")}
-    return Path(found["state_directory"] or DEFAULT_STATE), Path(found["bundle_file"]) if found["bundle_file"] else None
+    state, bundle = (os.environ.get(f"{ENVIRONMENT_PREFIX}{name.upper()}") or values.get(name) for name in ("state_directory", "bundle_file"))
+    broker = values.get("broker")
+    names_broker = bool(os.environ.get(f"{ENVIRONMENT_PREFIX}BROKER__HOST") or (isinstance(broker, dict) and broker.get("host")))
+    return EnrolmentPlaces(Path(state or DEFAULT_STATE), Path(bundle) if bundle else None, names_broker)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """What time it is at least. A board without a clock starts in 1970, where every certificate seems to be of the future.
 
-The floor is the latest time that has certainly passed: this program's release, the last time at which a broker's
-certificate was found valid (saved), what the coordinator said. A system clock below the floor is wrong, and dates of
-certificates are then checked against the floor (side_tuning/broker_tls.py). Samples keep the system's time.
+The trusted time is the latest that has certainly passed: this program's release, the last time at which a broker's
+certificate was found valid (saved), what the coordinator said. A system clock that shows less is wrong, and dates of
+certificates are then checked against the trusted time (side_tuning/broker_tls.py). Samples keep the system's time.
 
-A time is saved only while a verified connection stands, so that a clock that runs ahead cannot lift the floor beyond the
-broker's certificate and lock the device out once it is set right.
+It is saved only while a verified connection stands, so that a clock that runs ahead cannot carry it beyond the broker's
+certificate and lock the device out once the clock is set right.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ TOLERANCE_SECONDS = 300.0  # two clocks are never quite the same
 
 
 class TrustedClock:
-    """The system's clock and the floor below which it is not believed. Thread-safe."""
+    """The system's clock, and the trusted time, `passed`, below which it is not believed. Thread-safe."""
 
     def __init__(self, state_directory: Path, now: Callable[[], float] = time.time) -> None:
         self._path = state_directory / "trusted-time"
         self._system = now
         self._lock = threading.Lock()
         self._saved = self._read()
-        self.floor = max(RELEASED_AT, self._saved)  # seconds since 1970
+        self.passed = max(RELEASED_AT, self._saved)  # seconds since 1970
         self._told = False
 
     def now(self) -> float:
-        """Never earlier than the floor."""
-        return max(self._system(), self.floor)
+        """Never earlier than the trusted time."""
+        return max(self._system(), self.passed)
 
     @property
     def is_behind(self) -> bool:
-        return self._system() < self.floor - TOLERANCE_SECONDS
+        return self._system() < self.passed - TOLERANCE_SECONDS
 
     def instead_of_system(self) -> float | None:
         """What to check certificates against where the system's clock will not do, else None."""
@@ -54,7 +54,7 @@ class TrustedClock:
         if not self._told:
             self._told = True
             logger.warning("%s", self.trouble)
-        return self.floor
+        return self.passed
 
     @property
     def trouble(self) -> str:
@@ -62,23 +62,23 @@ class TrustedClock:
         if not self.is_behind:
             return ""
         return (
-            f"the clock shows {_date(self._system())}, but it is at least {_date(self.floor)}; certificates are checked against that: "
+            f"the clock shows {_date(self._system())}, but it is at least {_date(self.passed)}; certificates are checked against that: "
             "set the date, or let this device reach a time server"
         )
 
     def told(self, at: float, *, no_later_than: float) -> None:
         """Somebody trusted says that it is `at`; a mistake of theirs must not reach beyond `no_later_than`. Saved."""
         with self._lock:
-            self.floor = max(self.floor, min(at, no_later_than))
-            self._save(self.floor)
+            self.passed = max(self.passed, min(at, no_later_than))
+            self._save(self.passed)
 
     def note(self, *, at_once: bool = False) -> None:
         """The broker's certificate was just found valid under the system's clock: keep the time, once a day or `at_once`."""
         now = self._system()
         with self._lock:
-            self.floor = max(self.floor, now)
-            if self.floor - self._saved >= (1.0 if at_once else SAVE_SECONDS):
-                self._save(self.floor)
+            self.passed = max(self.passed, now)
+            if self.passed - self._saved >= (1.0 if at_once else SAVE_SECONDS):
+                self._save(self.passed)
 
     def _save(self, at: float) -> None:
         if at <= self._saved:

@@ -80,7 +80,7 @@ def test_a_certificate_named_in_the_settings_is_looked_at_too(tmp_path: Path, br
     assert "does not renew itself" in found(tmp_path, lambda: time.time() + 3e7, **values)["failed"].cure
 
 
-def test_the_clock_is_held_against_the_floor(tmp_path: Path):
+def test_the_clock_is_held_against_the_trusted_time(tmp_path: Path):
     (finding,) = check_clock(60.0, TrustedClock(tmp_path, lambda: 60.0))
     assert (finding.level, "1970-01-01" in finding.detail) == ("failed", True)
     (finding,) = check_clock(RELEASED_AT + 60.0, TrustedClock(tmp_path, lambda: RELEASED_AT + 60.0))

@@ -234,7 +234,7 @@ def test_a_device_in_1970_enrols_and_knows_better_afterwards(tmp_path: Path, bro
     with Answering(broker, lambda a, r: a.issue(r, at=later)):
         assert "enrolled" in ask(now=lambda: 60.0)
     clock = TrustedClock(tmp_path / "state", lambda: 60.0)
-    assert clock.floor == pytest.approx(later, abs=1)
+    assert clock.passed == pytest.approx(later, abs=1)
     assert "1970-01-01" in clock.trouble
 
 
@@ -287,7 +287,11 @@ def test_the_command_enrols_by_configuration_or_state_folder(tmp_path: Path, bro
         done = edge_agent("enrol", "--bundle", str(garage), "--state", str(tmp_path / "garage"))
         assert (done.returncode, done.stderr) == (0, ""), done
         assert (tmp_path / "garage" / "identity" / "client.pem").exists()
-    assert edge_agent("enrol", "--config", str(config)).returncode == 0
+    config.write_text(config.read_text() + '[broker]\nhost = "elsewhere"\n')
+    done = edge_agent("enrol", "--config", str(config))
+    assert done.returncode == 0
+    assert "already enrolled" in done.stdout
+    assert "remove host and files there" in done.stdout
     failed = edge_agent("enrol", "--bundle", str(tmp_path / "none"), "--state", str(tmp_path / "new"))
     assert failed.returncode == 78
     assert failed.stderr.count("\n") == 1

@@ -15,10 +15,12 @@ from cryptography import x509
 from coordinator.authority import certificate_pem, make_authority
 from edge_agent import agent as agent_module
 from edge_agent import renewal as renewal_module
+from edge_agent.backbone import Backbone
 from edge_agent.identity import IdentityStore
 from edge_agent.identity_file import IdentityError
 from edge_agent.renewal import Renewal
 from edge_agent.settings import AgentSettings
+from edge_agent.spool import Spool
 from edge_agent.trusted_clock import TrustedClock
 from side_tuning.broker_connection import BrokerConnection, Message
 from side_tuning.wire import topics
@@ -272,4 +274,28 @@ def test_the_agent_enrols_reports_its_certificate_and_renews_on_command(tmp_path
             agent.join(60)
             gateway.stop()
     assert code == [0]
-    assert TrustedClock(tmp_path / "state").floor > time.time() - LONG
+    assert TrustedClock(tmp_path / "state").passed > time.time() - LONG
+
+
+def test_an_agent_in_1970_works_and_says_that_its_clock_is_wrong(tmp_path: Path, broker: TlsBroker, minilm: Path):
+    identity_for(broker, tmp_path, FRESH)
+    healths: list[Health] = []
+    settings = AgentSettings(state_directory=tmp_path, backbone={"folder": minilm}, checkpoint={"public_key_file": None})
+    gateway = BrokerConnection(
+        broker.client("gateway"), "gateway", subscriptions=[topics.all_devices_up("health")],
+        on_message=lambda m: healths.append(Health.from_bytes(m.payload)) if m.topic == topics.health(DEVICE) else None,
+    )
+    stop = threading.Event()
+    spool = Spool.open(settings.spool_path, max_bytes=10**6, policy="pause", clock=time.time)
+    agent = agent_module.Agent(settings, Backbone.load(minilm, threads=1), spool, [], None, now=lambda: 60.0)
+    running = threading.Thread(target=agent.run, args=(stop,))
+    gateway.start()
+    running.start()
+    try:
+        wait_until(lambda: any("clock shows 1970-01-01" in health.reason for health in healths), LONG, "the clock is told")
+        assert healths[-1].at == 60.0
+    finally:
+        stop.set()
+        running.join(60)
+        gateway.stop()
+        spool.close()

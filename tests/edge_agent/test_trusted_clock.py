@@ -55,14 +55,14 @@ def test_the_card_is_written_once_a_day_and_at_the_end(tmp_path: Path):
     assert float((tmp_path / "trusted-time").read_text()) == system.at
 
 
-def test_what_the_coordinator_says_lifts_the_floor_within_reason(tmp_path: Path):
+def test_what_the_coordinator_says_is_believed_within_reason(tmp_path: Path):
     clock = TrustedClock(tmp_path, Clock(0.0))
     clock.told(RELEASED_AT + 1000.0, no_later_than=RELEASED_AT + 5000.0)
-    assert clock.floor == RELEASED_AT + 1000.0
+    assert clock.passed == RELEASED_AT + 1000.0
     clock.told(4e9, no_later_than=RELEASED_AT + 5000.0)
-    assert clock.floor == RELEASED_AT + 5000.0
+    assert clock.passed == RELEASED_AT + 5000.0
     clock.told(1.0, no_later_than=RELEASED_AT + 5000.0)
-    assert clock.floor == TrustedClock(tmp_path, Clock(0.0)).floor == RELEASED_AT + 5000.0
+    assert clock.passed == TrustedClock(tmp_path, Clock(0.0)).passed == RELEASED_AT + 5000.0
 
 
 def test_a_clock_that_is_set_right_later_is_believed_again(tmp_path: Path):
@@ -77,7 +77,7 @@ def test_a_clock_that_is_set_right_later_is_believed_again(tmp_path: Path):
 def test_a_damaged_file_is_no_time(tmp_path: Path, content: bytes):
     (tmp_path / "trusted-time").write_bytes(content)
     clock = TrustedClock(tmp_path, Clock(0.0))
-    assert RELEASED_AT <= clock.floor < 1e12
+    assert RELEASED_AT <= clock.passed < 1e12
 
 
 def test_a_folder_that_cannot_be_written_is_no_reason_to_fail(tmp_path: Path):
