@@ -182,10 +182,6 @@ class Prometheus:
         """The series that `expression` gives now, each with its labels (`metric`) and value."""
         return list(self.get("query", query=expression)["result"])
 
-    def value(self, expression: str) -> float:
-        (series,) = self.query(expression)
-        return float(series["value"][1])
-
     def ready(self) -> bool:
         try:
             with urllib.request.urlopen(f"http://{self.address}/-/ready", timeout=5) as answer:
@@ -199,7 +195,7 @@ def prometheus_scraping(target: str, folder: Path) -> Iterator[Prometheus]:
     """Prometheus with the project's own configuration and rules, but quicker, and `target` in place of the dashboard."""
     folder.mkdir(parents=True, exist_ok=True)
     config = (PROMETHEUS_FILES / "prometheus.yml").read_text(encoding="utf-8")
-    for ours, quick in (("scrape_interval: 15s", "scrape_interval: 1s"), ("evaluation_interval: 15s", "evaluation_interval: 1s"), ("dashboard:8080", target)):
+    for ours, quick in (("scrape_interval: 15s", "scrape_interval: 3s"), ("evaluation_interval: 15s", "evaluation_interval: 1s"), ("dashboard:8080", target)):
         assert ours in config, f"prometheus.yml has no {ours!r} any more"
         config = config.replace(ours, quick)
     (folder / "prometheus.yml").write_text(config, encoding="utf-8")
@@ -220,6 +216,6 @@ def prometheus_scraping(target: str, folder: Path) -> Iterator[Prometheus]:
         end(process)
 
 
-def wait_for_scrapes(server: Prometheus, least: int) -> None:
-    """Rates need two values at least."""
-    wait_until(lambda: (found := server.query("count_over_time(mobillm_store_up[10m])")) and float(found[0]["value"][1]) >= least, 120, "scrapes")
+def wait_for(server: Prometheus, condition: str) -> None:
+    """Until Prometheus finds `condition` true, an expression that gives nothing while it is not."""
+    wait_until(lambda: server.query(condition), 120, f"Prometheus finds {condition}")
