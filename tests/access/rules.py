@@ -11,7 +11,7 @@ DOWN = ("receipt", "command", "plan", "certificate", "checkpoint.0f", "checkpoin
 STRANGE = (
     "mobillm", "mobillm/v1", "mobillm/v1/kitchen", "mobillm/v1/kitchen/sideways/health", "mobillm/v1/garage/up", "mobillm/v1/garage/down",
     "mobillm/v2/garage/up/activations", "mobillm/v1//up/activations", "/mobillm/v1/garage/up/activations", "kitchen", "certificates",
-    "mobillm/v1/garage/up/activations/deeper", "mobillm/v1/fleet/down/plan/deeper", "MOBILLM/v1/garage/up/activations",
+    "mobillm/v1/garage/up/activations/deeper", "mobillm/v1/garage/up/anything", "mobillm/v1/fleet/down/plan/deeper", "MOBILLM/v1/garage/up/activations",
 )
 
 
@@ -37,8 +37,7 @@ def below(name: str) -> set[str]:
 
 WRITES = {
     "kitchen": own("kitchen"),
-    # `…/up/#` matches `…/up` too, which no program reads.
-    "garage": own("garage") | {"mobillm/v1/garage/up", "mobillm/v1/garage/up/activations/deeper"},
+    "garage": own("garage"),
     "gateway": own("gateway") | (each("down", *DOWN) - each("down", "certificate")) | {"mobillm/v1/garage/down", "mobillm/v1/fleet/down/plan/deeper"},
     "enrolment": own("enrolment") | each("down", "certificate"),
     "doctor": own("doctor"),
