@@ -19,7 +19,7 @@ from tests.brokers import free_port
 from tests.tls_broker import HOST, TlsBroker, tls_broker
 from tests.waiting import wait_until
 
-WAIT_SECONDS = 30.0  # generous: a machine may be ten times slower; nothing waits that long where all is well
+WAIT_SECONDS = 60.0  # generous: a machine may be ten times slower; nothing waits that long where all is well
 
 _numbers = itertools.count(1)
 
