@@ -41,7 +41,10 @@ def test_what_is_mounted_from_the_project_is_there_and_read_only():
 
 def test_grafana_finds_prometheus_and_prometheus_the_dashboard():
     (job,) = yaml.safe_load((PROMETHEUS_FILES / "prometheus.yml").read_text(encoding="utf-8"))["scrape_configs"]
-    host, _, _ = job["static_configs"][0]["targets"][0].partition(":")
+    host, _, port = job["static_configs"][0]["targets"][0].partition(":")
+    dashboard = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))["services"][host]
+    assert any(published.endswith(f":{port}") for published in dashboard["ports"])
+    assert f'"{host}"' in dashboard["environment"]["COORDINATOR_DASHBOARD__ALLOWED_HOSTS"], "it answers to that name"
     assert FILE["services"][host] == {"networks": ["monitoring"]}
     (source,) = yaml.safe_load((GRAFANA_FILES / "provisioning" / "datasources" / "prometheus.yml").read_text(encoding="utf-8"))["datasources"]
     assert source["url"] == "http://prometheus:9090"
