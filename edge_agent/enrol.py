@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from edge_agent import exit_codes
@@ -108,13 +109,11 @@ def enrol(
         if _is_done(store, bundle, bundle_file):
             return f"already enrolled as {bundle.device!r}{_wiped(bundle_file)}"
 
-        clock.told(bundle.issued_at, no_later_than=bundle.expires_at)
         key = store.next_key(bundle.claim)
         answer = _ask(bundle, key, clock, timeout_seconds=timeout_seconds, say=say, stop=stop or threading.Event(), tick=tick)
         certificate = check_certificate(answer.certificate, key, bundle.device, bundle.authorities.encode())
         authorities = check_authorities(answer.authorities) if answer.authorities else bundle.authorities.encode()
         ends = certificate.not_valid_after_utc
-        clock.told(answer.at, no_later_than=ends.timestamp())
         store.install(IdentityFacts.of(bundle), answer.certificate, authorities, bundle.checkpoint_public_key)
         return f"enrolled as {bundle.device!r}; the certificate is good until {ends:%Y-%m-%d} and renews itself{_wiped(bundle_file)}"
 
@@ -222,11 +221,12 @@ def _ask(
                 answer = _next_answer(arrived, key)
                 if answer is not None and answer.status == "issued":
                     try:
-                        check_certificate(answer.certificate, key, bundle.device, bundle.authorities.encode())
+                        certificate = check_certificate(answer.certificate, key, bundle.device, bundle.authorities.encode())
                         check_authorities(answer.authorities or bundle.authorities.encode())
                     except IdentityError as error:
                         logger.error("an answer was not accepted: %s", error)
                     else:
+                        believe(clock, answer.at, certificate, connection.peer_certificate_expires_at)
                         return answer
                 elif answer is not None and answer.status == "refused":
                     raise EnrolmentFailed(_refusal(answer, bundle), exit_codes.CONFIG_ERROR)
@@ -239,6 +239,18 @@ def _ask(
                     raise EnrolmentFailed(_silence(connection, asked, bundle, waiting=waiting), exit_codes.TRY_AGAIN)
         finally:
             connection.stop()
+
+
+def believe(clock: TrustedClock, at: float, certificate: x509.Certificate, broker_ends: float | None) -> None:
+    """Tell the clock the coordinator's time, unless that cannot be right: it would lock the device out for good.
+
+    Past the end of the broker's certificate, that certificate and every next one would seem to have expired.
+    """
+    latest = min(certificate.not_valid_after_utc.timestamp(), float("inf") if broker_ends is None else broker_ends)
+    if at < latest:
+        clock.told(at, no_later_than=latest)
+    else:
+        logger.warning("the coordinator's clock is far ahead; its time was not taken over")
 
 
 def _next_answer(arrived: queue.Queue[bytes], key: ec.EllipticCurvePrivateKey) -> CertificateAnswer | None:

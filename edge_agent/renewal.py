@@ -17,6 +17,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from edge_agent.enrol import believe
 from edge_agent.identity import (
     Identity,
     IdentityStore,
@@ -140,7 +141,7 @@ class Renewal:
             return
         old = self.identity
         try:
-            check_certificate(answer.certificate, self._key, old.facts.device, old.authorities)
+            certificate = check_certificate(answer.certificate, self._key, old.facts.device, old.authorities)
             authorities = check_authorities(answer.authorities) if answer.authorities else old.authorities
         except IdentityError as error:
             logger.error("an answer about the certificate was not accepted: %s", error)
@@ -149,7 +150,7 @@ class Renewal:
         self.identity = self._store.install(
             old.facts, answer.certificate, authorities, checkpoint_key.read_text(encoding="ascii") if checkpoint_key.exists() else "",
         )
-        self._clock.told(answer.at, no_later_than=self.identity.ends)
+        believe(self._clock, answer.at, certificate, self._connection.peer_certificate_expires_at)
         logger.info("a new certificate came, good until %s; connecting with it", _day(self.identity.ends))
         self._key, self._wanted, self._not_before = None, False, self._monotonic() + SETTLED_SECONDS
         self._on_trial_since = self._connection.epoch

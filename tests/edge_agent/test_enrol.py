@@ -238,6 +238,17 @@ def test_a_device_in_1970_enrols_and_knows_better_afterwards(tmp_path: Path, bro
     assert "1970-01-01" in clock.trouble
 
 
+def test_a_coordinators_clock_that_is_years_ahead_locks_no_device_out(tmp_path: Path, broker: TlsBroker, ask):
+    """Every later broker's certificate would seem to have expired, also to a device whose own clock is right."""
+    ahead = time.time() + 9 * 365 * 86_400
+    with Answering(broker, lambda a, r: a.issue(r, at=ahead)):
+        assert "enrolled" in ask(issued_at=ahead, expires_at=ahead + 3600)
+    assert TrustedClock(tmp_path / "state").instead_of_system() is None
+    with Answering(broker):
+        assert "enrolled" in ask(claim="claim-00000000000000aa")
+    assert TrustedClock(tmp_path / "state").instead_of_system() is None
+
+
 def test_only_one_at_a_time(tmp_path: Path, ask):
     with IdentityStore(tmp_path / "state").held(), pytest.raises(IdentityError, match="another edge-agent is enrolling"):
         ask()
