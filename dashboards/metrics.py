@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 from fastapi import APIRouter, Response
@@ -140,7 +140,7 @@ def worst_first(devices: Iterable[DeviceOverview], states: Mapping[str, str]) ->
 
 def metric_families(snapshot: FleetSnapshot, measures: Measures, devices_shown: int) -> Iterator[Metric]:
     """Everything that one scrape shows; `devices_shown` is the limit on devices with series of their own (47 each)."""
-    yield InfoMetricFamily("mobillm_build", "Version of mobillm-fleet.", value={"version": version("mobillm-fleet")})
+    yield InfoMetricFamily("mobillm_build", "Version of mobillm-fleet.", value={"version": _version()})
     states = states_of(snapshot)
     yield from _fleet(snapshot, measures, states)
     yield from _learning(snapshot, measures)
@@ -149,6 +149,13 @@ def metric_families(snapshot: FleetSnapshot, measures: Measures, devices_shown: 
     shown = ordered[:devices_shown]
     yield _gauge("device_series_left_out", "Devices without series of their own, for the limit was reached.", len(ordered) - len(shown))
     yield from _devices(shown, measures, states)
+
+
+def _version() -> str:
+    try:
+        return version("mobillm-fleet")
+    except PackageNotFoundError:  # run from a folder that was never installed
+        return "unknown"
 
 
 def _gauge(name: str, text: str, value: float | None = None) -> GaugeMetricFamily:
