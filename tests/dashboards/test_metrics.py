@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import urllib.request
 from collections.abc import Iterator
@@ -24,10 +25,11 @@ from coordinator.store.ingest import insert_frames
 from coordinator.store.models import Identity, ProgramRow
 from dashboards.app import make_app
 from dashboards.measures import Measures, take_measures
-from dashboards.metrics import CONTENT_TYPE, clean, metric_families
+from dashboards.metrics import CONTENT_TYPE, PROGRAM_FIGURES, clean, metric_families
 from tests.brokers import free_port
 from tests.dashboards.fleets import dashboard_settings
 from tests.dashboards.monitored import (
+    ROOT,
     fill,
     filled_store,
     full_report,
@@ -173,6 +175,13 @@ def test_labels_cannot_break_out(settings: CoordinatorSettings, store: Store):
     assert {s.labels["agent_version"] for s in families["mobillm_device_info"].samples} == {"", clean(HOSTILE)}
     assert max(len(value) for family in families.values() for s in family.samples for value in s.labels.values()) <= 64
     assert all(line.startswith(("mobillm_", "# HELP mobillm_", "# TYPE mobillm_")) for line in text.splitlines())
+
+
+def test_programs_say_what_metrics_look_for():
+    """A key that is renamed in a heartbeat would quietly end a metric, and its alerts with it."""
+    sources = {"gateway": "counters.py", "enrolment": "enrolment.py", "trainer": "training/figures.py"}
+    texts = {program: (ROOT / "coordinator" / path).read_text(encoding="utf-8") for program, path in sources.items()}
+    assert not [(program, key) for program, key in PROGRAM_FIGURES if not re.search(rf'"{key}": |^    {key}: ', texts[program], re.MULTILINE)]
 
 
 def test_a_status_from_another_version_is_passed_over(settings: CoordinatorSettings, store: Store):
