@@ -1,8 +1,8 @@
 """`coordinator backup`: everything that a coordinator needs to go on elsewhere, in one tar, while its programs run.
 
-In it: a copy of the database as of one moment, what lies in data_directory (checkpoints, backbones, the signing key,
-the programs' identities), the authorities, the broker's files, the settings file, and last a manifest with the sha256
-of each. Not in it: the tap cache (the trainer makes it anew from the frames), locks, and files outside these folders,
+In it: a copy of the database as of one moment, what lies in data_directory (checkpoints, backbones, the programs'
+identities), the key that signs checkpoints, the authorities, the broker's files, the settings file, and last a manifest
+with the sha256 of each. Not in it: the tap cache (the trainer makes it anew from the frames), locks, and files outside these folders,
 such as a password_file. The hashes tell damage, not forgery: whoever can write the backup can write its manifest.
 """
 
@@ -64,6 +64,14 @@ def folders(settings: CoordinatorSettings) -> dict[str, Path]:
     return {name: place.resolve() for name, place in places.items()}
 
 
+def single_files(settings: CoordinatorSettings) -> dict[str, Path]:
+    """Files that a backup holds under names of their own, wherever they lie."""
+    return {
+        "signing/checkpoint-signing.key": settings.signing_key_file.resolve(),
+        "signing/checkpoint-signing.pub": settings.public_key_file.resolve(),
+    }
+
+
 def create_backup(
     settings: CoordinatorSettings,
     destination: Path,
@@ -88,20 +96,17 @@ def create_backup(
     for place in folders(settings).values():
         if destination.resolve().is_relative_to(place):
             raise BackupError(f"{destination} lies within {place}, which is backed up itself; name a place outside, best on another disk")
-    open_store(settings.database_url, read_only=True).close()  # says the cure where there is none
-    files = [*_files(settings, with_keys=with_keys, say=say)]
-    if with_keys and not any(name.startswith("authority/") and name.endswith(".key") for name, _ in files):
-        say(f"WARNING: no authority's key is in {settings.authority_directory}: without it no device can ever be let in after a restore")
-    if settings_file is not None:
-        files.append((SETTINGS, settings_file))
-    _check_room(settings, destination, files)
+    files = _collect(settings, with_keys=with_keys, settings_file=settings_file, say=say)
+    _check_room(destination.parent, 2 * _database_bytes(settings) + sum(path.stat().st_size for _, path in files if path.exists()))
+    manifest = _new_manifest(settings, now, with_keys=with_keys)
     with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as work:
-        database = _copy_database(settings, Path(work), say)
         whole = Path(work) / "whole.tar"
-        manifest = Manifest(
-            FORMAT, now.isoformat(timespec="seconds"), _version(), SCHEMA_REVISION, with_keys, str(settings.checkpoints_directory.resolve())
-        )
-        _write_tar(whole, manifest, [*database, *files])
+        database = _copy_database(settings, Path(work), say)
+        with open(whole, "xb", opener=lambda name, flags: os.open(name, flags, _PRIVATE_FILE)) as out:
+            with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+                _write_members(tar, manifest, [*database, *files])
+            out.flush()
+            os.fsync(out.fileno())
         whole.replace(destination)
     folder = os.open(destination.parent, os.O_RDONLY)
     try:
@@ -111,9 +116,50 @@ def create_backup(
     return manifest
 
 
+def stream_backup(
+    settings: CoordinatorSettings,
+    out: BinaryIO,
+    now: datetime,
+    *,
+    with_keys: bool = True,
+    settings_file: Path | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Manifest:
+    """The same into a pipe: one that breaks off lacks its manifest, and no restore takes it."""
+    files = _collect(settings, with_keys=with_keys, settings_file=settings_file, say=say)
+    _check_room(settings.data_directory, _database_bytes(settings))
+    manifest = _new_manifest(settings, now, with_keys=with_keys)
+    with tempfile.TemporaryDirectory(prefix=".backup.", dir=settings.data_directory) as work:
+        database = _copy_database(settings, Path(work), say)
+        with tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT) as tar:
+            _write_members(tar, manifest, [*database, *files])
+    out.flush()
+    return manifest
+
+
+def _new_manifest(settings: CoordinatorSettings, now: datetime, *, with_keys: bool) -> Manifest:
+    checkpoints = str(settings.checkpoints_directory.resolve())
+    return Manifest(FORMAT, now.isoformat(timespec="seconds"), _version(), SCHEMA_REVISION, with_keys, checkpoints)
+
+
+def _collect(
+    settings: CoordinatorSettings, *, with_keys: bool, settings_file: Path | None, say: Callable[[str], None]
+) -> list[tuple[str, Path]]:
+    """Every file but the database, with its name in the backup."""
+    open_store(settings.database_url, read_only=True).close()  # says the cure where there is none
+    files = [*_files(settings, with_keys=with_keys, say=say)]
+    files += [(name, path) for name, path in single_files(settings).items() if path.exists() and (with_keys or path.suffix != ".key")]
+    if settings_file is not None:
+        files.append((SETTINGS, settings_file))
+    if with_keys and not any(name.startswith("authority/") and name.endswith(".key") for name, _ in files):
+        say(f"WARNING: no authority's key is in {settings.authority_directory}: without it no device can ever be let in after a restore")
+    return files
+
+
 def _files(settings: CoordinatorSettings, *, with_keys: bool, say: Callable[[str], None]) -> Iterator[tuple[str, Path]]:
-    database = {f"{settings.database_url.removeprefix('sqlite:///')}{end}" for end in ("", "-wal", "-shm", "-journal")}
-    roots = folders(settings)
+    url = parse_url(settings.database_url)
+    database = {Path(f"{url.database}{end}").resolve() for end in ("", "-wal", "-shm", "-journal")}
+    roots, apart_files = folders(settings), set(single_files(settings).values())
     for name, root in roots.items():
         apart = {*(root / leaf for leaf in LEFT_OUT), *(other for other in roots.values() if other != root)}
         for folder, subfolders, leaves in os.walk(root):
@@ -126,9 +172,9 @@ def _files(settings: CoordinatorSettings, *, with_keys: bool, say: Callable[[str
             )
             for leaf in sorted([*leaves, *linked]):
                 path = here / leaf
-                if str(path) in database or str(path.absolute()) in database or leaf.startswith(".") or path.suffix == ".lock":
+                if path in database or leaf.startswith(".") or path.suffix == ".lock":
                     continue
-                if path.suffix == ".key" and not with_keys:
+                if path in apart_files or (path.suffix == ".key" and not with_keys):
                     continue
                 if path.is_symlink() or not path.is_file():
                     say(f"WARNING: left out, since it is no plain file: {path}")
@@ -136,17 +182,19 @@ def _files(settings: CoordinatorSettings, *, with_keys: bool, say: Callable[[str
                 yield f"{name}/{path.relative_to(root).as_posix()}", path
 
 
-def _check_room(settings: CoordinatorSettings, destination: Path, files: list[tuple[str, Path]]) -> None:
-    """The database stands on the disk twice for a while: as a copy, and in the tar."""
+def _database_bytes(settings: CoordinatorSettings) -> int:
+    """What a copy of the database takes; a dump of PostgreSQL nobody knows beforehand."""
     url = parse_url(settings.database_url)
-    database = 0
-    if url.get_backend_name() == "sqlite":
-        database = sum(path.stat().st_size for end in ("", "-wal") if (path := Path(f"{url.database}{end}")).exists())
-    needed = 2 * database + sum(path.stat().st_size for _, path in files if path.exists()) + SPARE_BYTES
-    free = shutil.disk_usage(destination.parent).free
+    if url.get_backend_name() != "sqlite":
+        return 0
+    return sum(path.stat().st_size for end in ("", "-wal") if (path := Path(f"{url.database}{end}")).exists())
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    free, needed = shutil.disk_usage(folder).free, needed + SPARE_BYTES
     if free < needed:
         raise BackupError(
-            f"the disk of {destination.parent} has {_megabytes(free)} free, the backup needs up to {_megabytes(needed)} while it is made: "
+            f"the disk of {folder} has {free / 1e6:,.0f} MB free, the backup needs up to {needed / 1e6:,.0f} MB while it is made: "
             "free some space, or name a place on another disk"
         )
 
@@ -209,37 +257,29 @@ class _Hashing:
         return block
 
 
-def _write_tar(whole: Path, manifest: Manifest, files: list[tuple[str, Path]]) -> None:
-    with open(whole, "xb", opener=lambda name, flags: os.open(name, flags, _PRIVATE_FILE)) as out:
-        with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
-            for name, path in files:
-                try:
-                    file = path.open("rb")
-                except FileNotFoundError:
-                    continue  # an old checkpoint that the trainer has thrown away meanwhile
-                with file:
-                    stat = os.fstat(file.fileno())
-                    info = _info(name, stat.st_size, stat.st_mode & 0o777, int(stat.st_mtime))
-                    reader = _Hashing(file)
-                    try:
-                        tar.addfile(info, reader)
-                    except tarfile.TarError as error:
-                        raise BackupError(f"{path} changed while it was read: try again") from error
-                manifest.files[name] = (reader.sha256.hexdigest(), info.size, info.mode)
-            content = manifest.to_json()
-            tar.addfile(_info(MANIFEST, len(content), _PRIVATE_FILE, 0), BytesIO(content))
-        out.flush()
-        os.fsync(out.fileno())
+def _write_members(tar: tarfile.TarFile, manifest: Manifest, files: list[tuple[str, Path]]) -> None:
+    for name, path in files:
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:
+            continue  # an old checkpoint that the trainer has thrown away meanwhile
+        with file:
+            stat = os.fstat(file.fileno())
+            info = _info(name, stat.st_size, stat.st_mode & 0o777, int(stat.st_mtime))
+            reader = _Hashing(file)
+            try:
+                tar.addfile(info, reader)
+            except tarfile.TarError as error:
+                raise BackupError(f"{path} changed while it was read: try again") from error
+        manifest.files[name] = (reader.sha256.hexdigest(), info.size, info.mode)
+    content = manifest.to_json()
+    tar.addfile(_info(MANIFEST, len(content), _PRIVATE_FILE, 0), BytesIO(content))
 
 
 def _info(name: str, size: int, mode: int, mtime: int) -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
     info.size, info.mode, info.mtime = size, mode, mtime
     return info
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.0f} MB"
 
 
 def _version() -> str:

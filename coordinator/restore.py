@@ -1,12 +1,14 @@
 """`coordinator restore`: puts a backup (coordinator/backup.py) in place, all of it or nothing.
 
 Every member is checked against the manifest before anything changes. What stood there before is moved aside, never
-deleted. The database is brought to this program's schema, and its checkpoints to where they lie now. The last step is
-a few renames; if the power fails just then, restore again with --force. Owners of files are not kept, rights are.
+deleted. The database is brought to this program's schema, and its checkpoints to where they lie now. The last step moves
+the files into place (one by one: folders may be mount points); if the power fails just then, restore again with
+--force. Owners of files are not kept, rights are.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -15,9 +17,10 @@ import sqlite3
 import tarfile
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import datetime
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from coordinator.backup import (
     BEFORE_RESTORE,
@@ -30,6 +33,7 @@ from coordinator.backup import (
     BackupError,
     Manifest,
     folders,
+    single_files,
 )
 from coordinator.files import held
 from coordinator.settings import CoordinatorSettings
@@ -40,19 +44,26 @@ STAGING = ".restoring"
 _ALIVE_SECONDS = 30.0
 _MANIFEST_BYTES = 64 * 1024 * 1024
 _BLOCK_BYTES = 1024 * 1024
-_NAMES = ("data", "authority", "broker", "database", "settings")
+_NAMES = ("data", "authority", "broker", "signing", "database", "settings")
 
 
 def restore_backup(
-    settings: CoordinatorSettings, source: Path, now: datetime, *, force: bool = False, say: Callable[[str], None] = lambda _: None
+    settings: CoordinatorSettings,
+    source: Path | BinaryIO,
+    now: datetime,
+    *,
+    force: bool = False,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Manifest:
-    """Put the backup `source` where `settings` wants its files.
+    """Put the backup `source` (a file, or a pipe) where `settings` wants its files.
 
     Raises:
         BackupError: the backup is damaged or of no use here, or something stands in its way; nothing has changed.
         StoreError: the backup's database is newer than this program.
 
     """
+    if isinstance(source, Path) and not source.is_file():
+        raise BackupError(f"there is no backup {source}: correct the path")
     data = settings.data_directory
     data.mkdir(parents=True, exist_ok=True)
     _refuse_running(settings)
@@ -61,7 +72,7 @@ def restore_backup(
         raise BackupError(f"{in_the_way[0][1]} is there already: restore into an empty data_directory, or use --force, which moves it aside")
     taken = BackupError(f"a program runs with the data_directory {data}: stop every program of this coordinator first")
     staging = data / STAGING
-    with held(data / "gateway.lock", taken), held(data / "enrolment.lock", taken):
+    with held(data / "gateway.lock", taken), held(data / "enrolment.lock", taken), held(data / "trainer.lock", taken):
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(mode=0o700)
         try:
@@ -92,43 +103,35 @@ def _refuse_running(settings: CoordinatorSettings) -> None:
 
 
 def _occupied(settings: CoordinatorSettings) -> list[tuple[str, Path]]:
-    """What stands where the backup's files are to go, with the name of its folder."""
-    found = [
-        (name, path)
-        for name, root in folders(settings).items()
-        if root.is_dir()
-        for path in sorted(root.iterdir())
-        if path.suffix != ".lock" and path.name not in ("alive", STAGING) and not path.name.startswith(BEFORE_RESTORE) and _holds_files(path)
-    ]
+    """Files that stand where the backup's are to go, with the names that they would have in a backup."""
+    found: dict[Path, str] = {}
     url = parse_url(settings.database_url)
     if url.get_backend_name() == "sqlite":
-        found += [("database", path) for end in ("", "-wal", "-shm") if (path := Path(f"{url.database}{end}")).exists()]
-    return found
+        database = Path(str(url.database)).resolve()
+        found |= {path: f"database/{path.name}" for end in ("", "-wal", "-shm") if (path := Path(f"{database}{end}")).exists()}
+    found |= {path: name for name, path in single_files(settings).items() if path.exists()}
+    for name, root in folders(settings).items():
+        for folder, subfolders, leaves in os.walk(root):
+            here = Path(folder)
+            subfolders[:] = [leaf for leaf in subfolders if not (here == root and leaf in ("alive", STAGING)) and not leaf.startswith(BEFORE_RESTORE)]
+            for leaf in leaves:
+                if not leaf.endswith(".lock"):
+                    found.setdefault(here / leaf, f"{name}/{(here / leaf).relative_to(root)}")
+    return [(name, path) for path, name in found.items()]
 
 
-def _holds_files(path: Path) -> bool:
-    """Empty folders are in nobody's way; in a container they may be places where other volumes are mounted."""
-    return not path.is_dir() or any(not inner.is_dir() for inner in path.rglob("*"))
-
-
-def _move_into(path: Path, place: Path) -> None:
-    """Move `path` to `place`; into folders that are there already, and stay, go the parts one by one."""
-    if not (path.is_dir() and place.is_dir()):
-        shutil.move(path, place)
-        return
-    for part in path.iterdir():
-        _move_into(part, place / part.name)
-
-
-def _unpack(source: Path, staging: Path) -> Manifest:
+def _unpack(source: Path | BinaryIO, staging: Path) -> Manifest:
     """Everything of the backup under `staging`, checked."""
-    free, needed = shutil.disk_usage(staging).free, source.stat().st_size + SPARE_BYTES
-    if free < needed:
-        raise BackupError(f"the disk of {staging.parent} has {free / 1e6:,.0f} MB free, the backup needs {needed / 1e6:,.0f} MB: free some space")
+    label: Path | str = "the backup"
+    if isinstance(source, Path):
+        label = source
+        free, needed = shutil.disk_usage(staging).free, source.stat().st_size + SPARE_BYTES
+        if free < needed:
+            raise BackupError(f"the disk of {staging.parent} has {free / 1e6:,.0f} MB free, the backup needs {needed / 1e6:,.0f} MB: free some space")
     found: dict[str, tuple[str, int, int]] = {}
     manifest: Manifest | None = None
     try:
-        with tarfile.open(source, mode="r:") as tar:
+        with tarfile.open(source, mode="r:") if isinstance(source, Path) else tarfile.open(fileobj=source, mode="r|") as tar:
             for member in tar:
                 if member.name == MANIFEST:
                     manifest = _read_manifest(tar, member)
@@ -136,12 +139,12 @@ def _unpack(source: Path, staging: Path) -> Manifest:
                 _check_member(member, found)
                 found[member.name] = _unpack_member(tar, member, staging / member.name)
     except tarfile.TarError as error:
-        raise BackupError(f"{source} is damaged, or no backup of a coordinator ({error}): use another copy of it") from error
+        raise BackupError(f"{label} is damaged, or no backup of a coordinator ({error}): use another copy of it") from error
     if manifest is None:
-        raise BackupError(f"{source} is cut short: its manifest is missing; use another copy of it")
+        raise BackupError(f"{label} is cut short: its manifest is missing; use another copy of it")
     differing = sorted(name for name in found.keys() | manifest.files.keys() if found.get(name, ())[:2] != manifest.files.get(name, ())[:2])
     if differing:
-        raise BackupError(f"{source} is damaged: {differing[0]} is not what the manifest says ({len(differing)} such files); use another copy of it")
+        raise BackupError(f"{label} is damaged: {differing[0]} is not what the manifest says ({len(differing)} such files); use another copy of it")
     return manifest
 
 
@@ -209,23 +212,42 @@ def _put_in_place(settings: CoordinatorSettings, staging: Path, aside: Path | No
     if aside is not None:
         aside.mkdir(mode=0o700)
         for name, path in _occupied(settings):
-            if path.exists():  # one that lies within another has gone with it
-                (aside / name).mkdir(exist_ok=True)
-                shutil.move(path, aside / name / path.name)
-    places = folders(settings)
-    moves = [(path, place / path.name) for name, place in places.items() if (staging / name).is_dir() for path in (staging / name).iterdir()]
-    moves += [
-        (staging / member, place)
-        for member, place in (
-            (DATABASE, Path(str(parse_url(settings.database_url).database))),
-            (DUMP, settings.data_directory / "postgresql.dump"),
-            (SETTINGS, settings.data_directory / "restored-settings.toml"),
-        )
-        if (staging / member).exists()
-    ]
-    for path, place in moves:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        _move_into(path, place)
-    for folder in (settings.authority_directory, settings.data_directory / "identities"):
+            _move(path, aside / name)
+        for root in folders(settings).values():
+            _remove_empty_folders(root)
+    places = single_files(settings) | {
+        DATABASE: Path(str(parse_url(settings.database_url).database)),
+        DUMP: settings.data_directory / "postgresql.dump",
+        SETTINGS: settings.data_directory / "restored-settings.toml",
+    }
+    roots = folders(settings)
+    for path in sorted(path for path in staging.rglob("*") if path.is_file()):
+        member = path.relative_to(staging)
+        _move(path, places.get(member.as_posix()) or roots[member.parts[0]].joinpath(*member.parts[1:]))
+    for folder in (settings.authority_directory, *(settings.data_directory / "identities").glob("*/")):
         if folder.is_dir():
             folder.chmod(0o700)
+
+
+def _remove_empty_folders(root: Path) -> None:
+    """The trainer must not take an empty folder for a checkpoint. Mount points stay."""
+    for folder, _, _ in os.walk(root, topdown=False):
+        if Path(folder) != root:
+            with suppress(OSError):
+                Path(folder).rmdir()
+
+
+def _move(path: Path, place: Path) -> None:
+    """Rename, or on another disk copy, sync and remove: `place` appears whole."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.rename(place)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        beside = place.with_name(f".{place.name}.restoring")
+        shutil.copy2(path, beside)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        beside.rename(place)
+        path.unlink()

@@ -34,21 +34,27 @@ def doctor(config: Config = None, as_json: Annotated[bool, typer.Option("--json"
 
 
 def backup(
-    file: Annotated[Path, typer.Argument(help="The file to write, outside data_directory, best on another disk.")],
+    file: Annotated[str, typer.Argument(help="The file to write, outside data_directory, best on another disk; - for a pipe.")],
     config: Config = None,
     without_keys: Annotated[bool, typer.Option("--without-keys", help="Leave every private key out.")] = False,
 ) -> None:
     """Write everything that this coordinator needs into one file, while its programs run."""
-    from coordinator.backup import create_backup
+    from coordinator.backup import BackupError, create_backup, stream_backup
 
     settings = open_settings(config, "backup")
-    manifest = create_backup(settings, file, _now(), with_keys=not without_keys, settings_file=config, say=_tell)
-    size = file.stat().st_size / 1e6
-    print(f"{file}: {len(manifest.files)} files, {size:,.1f} MB; " + ("no private keys" if without_keys else "it holds private keys: guard it"))
+    if file == "-":
+        if sys.stdout.isatty():
+            raise BackupError("a backup is no text for a terminal: name a file, or lead it into one with >")
+        manifest = stream_backup(settings, sys.stdout.buffer, _now(), with_keys=not without_keys, settings_file=config, say=_tell)
+    else:
+        manifest = create_backup(settings, Path(file), _now(), with_keys=not without_keys, settings_file=config, say=_tell)
+    megabytes = sum(size for _, size, _ in manifest.files.values()) / 1e6
+    keys = "no private keys" if without_keys else "it holds private keys: guard it"
+    _tell(f"{file}: {len(manifest.files)} files, {megabytes:,.1f} MB; {keys}")
 
 
 def restore(
-    file: Annotated[Path, typer.Argument(help="A backup.", exists=True, dir_okay=False)],
+    file: Annotated[str, typer.Argument(help="A backup; - for a pipe.")],
     config: Config = None,
     force: Annotated[bool, typer.Option("--force", help="Where something is there already, move it aside.")] = False,
 ) -> None:
@@ -56,7 +62,7 @@ def restore(
     from coordinator.restore import restore_backup
 
     settings = open_settings(config, "restore")
-    manifest = restore_backup(settings, file, _now(), force=force, say=_tell)
+    manifest = restore_backup(settings, sys.stdin.buffer if file == "-" else Path(file), _now(), force=force, say=_tell)
     print(f"restored {len(manifest.files)} files of {manifest.made_at} into {settings.data_directory}")
 
 

@@ -17,7 +17,7 @@ from datetime import datetime, timezone
 import numpy as np
 import torch
 
-from coordinator.files import file_trouble
+from coordinator.files import file_trouble, held
 from coordinator.heartbeat import Heartbeat
 from coordinator.settings import CoordinatorSettings
 from coordinator.store.engine import Store, open_store
@@ -78,6 +78,12 @@ def run(settings: CoordinatorSettings, stop: threading.Event, now: Now = utc_now
     torch.set_num_threads(settings.training.threads)
     if settings.training.device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("training.device is cuda, but torch finds no CUDA device: set it to cpu, or install a CUDA build of torch")
+    taken = RuntimeError(f"another trainer runs with the data_directory {settings.data_directory}; stop that one, or give this one its own")
+    with held(settings.data_directory / "trainer.lock", taken):
+        _run(settings, stop, now)
+
+
+def _run(settings: CoordinatorSettings, stop: threading.Event, now: Now) -> None:
     store = open_store(settings.database_url)
     troubles = Troubles()
     figures = Figures(settings, troubles)

@@ -125,7 +125,7 @@ def test_folders_may_lie_elsewhere_than_before(settings, archive, tmp_path):
 def test_without_keys_no_key_is_in_it(settings, tmp_path):
     manifest = create_backup(settings, tmp_path / "public.tar", now(), with_keys=False)
     assert not [name for name in manifest.files if name.endswith(".key")]
-    assert "data/checkpoint-signing.pub" in manifest.files
+    assert "signing/checkpoint-signing.pub" in manifest.files
     assert b"PRIVATE KEY" not in (tmp_path / "public.tar").read_bytes()
 
 
@@ -154,7 +154,7 @@ def test_a_backup_while_the_gateway_writes_is_of_one_moment(settings, elsewhere,
                 capture_output=True, text=True, timeout=300,
             )
             assert done.returncode == 0, done.stderr
-            assert "guard it" in done.stdout
+            assert "guard it" in done.stderr
             seen = written[0]
             assert seen > before, "it went on writing"
             there = settings_for(tmp_path / f"restored-{number}")
@@ -178,7 +178,7 @@ def test_one_changed_byte_is_found_and_nothing_is_touched(elsewhere, archive, wh
     try:
         restore_backup(elsewhere, archive, now())
     except BackupError:
-        assert set(tree(elsewhere.data_directory)) <= {"gateway.lock", "enrolment.lock"}
+        assert set(tree(elsewhere.data_directory)) <= {"gateway.lock", "enrolment.lock", "trainer.lock"}
     else:  # the byte was padding between members
         assert counts(elsewhere) == (5, 5, 10, 10, 5)
 
@@ -195,7 +195,7 @@ def test_a_backup_cut_short_is_refused(elsewhere, archive, kept):
     archive.write_bytes(content[: int(len(content) * kept) if isinstance(kept, float) else kept])
     with pytest.raises(BackupError, match="use another copy"):
         restore_backup(elsewhere, archive, now())
-    assert set(tree(elsewhere.data_directory)) <= {"gateway.lock", "enrolment.lock"}
+    assert set(tree(elsewhere.data_directory)) <= {"gateway.lock", "enrolment.lock", "trainer.lock"}
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_what_is_there_stays_unless_forced_and_then_is_moved_aside(settings, arc
     (settings.data_directory / "checkpoint-signing.key").write_bytes(b"another")
     restore_backup(settings, archive, now(), force=True)
     (aside,) = settings.data_directory.glob("before-restore-*")
-    assert (aside / "data" / "checkpoint-signing.key").read_bytes() == b"another"
+    assert (aside / "signing" / "checkpoint-signing.key").read_bytes() == b"another"
     assert (settings.data_directory / "checkpoint-signing.key").read_bytes() == before["checkpoint-signing.key"]
     assert counts(settings) == (5, 5, 10, 10, 5)
     again = create_backup(settings, archive, now())
@@ -283,7 +283,7 @@ def test_too_little_room_and_senseless_places_are_refused_before_anything_is_wri
 
 def test_a_backup_that_fails_leaves_the_last_one_alone(settings, archive, monkeypatch):
     before = archive.read_bytes()
-    monkeypatch.setattr(backup_module, "_write_tar", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(backup_module, "_write_members", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space"):
         create_backup(settings, archive, now())
     assert archive.read_bytes() == before
@@ -331,6 +331,38 @@ def test_postgresql_is_dumped_beside_the_files(settings, tmp_path, monkeypatch):
             assert "pg_dump is not installed" in said[-1]
     except PostgresMissingError as error:
         pytest.skip(str(error))
+
+
+def test_folders_that_are_mount_points_keep_their_place(archive, tmp_path):
+    """As in containers: the folders are there, some files too, and none of the folders can be moved."""
+    there = settings_for(tmp_path / "new", publishing={"signing_key_file": tmp_path / "signing" / "checkpoint-signing.key"})
+    mounts = [there.data_directory / "identities" / "gateway", there.authority_directory, tmp_path / "signing"]
+    for folder in mounts:
+        folder.mkdir(parents=True)
+    (there.data_directory / "tap-cache").mkdir()
+    (there.data_directory / "tap-cache" / "old").write_bytes(b"of other samples")
+    (mounts[1] / "fleet-authority.key").write_bytes(b"another")
+    before = [folder.stat().st_ino for folder in mounts[::2]]
+    restore_backup(there, archive, now(), force=True)
+    assert [folder.stat().st_ino for folder in mounts[::2]][1:] == before[1:]
+    assert ensure_signing_key(there) is not None
+    assert make_identities(there, now()) == []
+    assert not (there.data_directory / "tap-cache").exists()
+    (aside,) = there.data_directory.glob("before-restore-*")
+    assert (aside / "data" / "tap-cache" / "old").exists()
+
+
+def test_through_pipes(settings, tmp_path):
+    config, there = settings_file(tmp_path / "old", free_port()), settings_file(tmp_path / "new", free_port())
+    command = [sys.executable, "-m", "coordinator.cli"]
+    made = subprocess.run([*command, "backup", "-", "--config", str(config)], capture_output=True, timeout=300)
+    assert made.returncode == 0, made.stderr
+    cut = subprocess.run([*command, "restore", "-", "--config", str(there)], input=made.stdout[:-20_000], capture_output=True, timeout=300)
+    assert (cut.returncode, b"use another copy" in cut.stderr) == (1, True), cut.stderr
+    done = subprocess.run([*command, "restore", "-", "--config", str(there)], input=made.stdout, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert counts(settings_for(tmp_path / "new")) == (5, 5, 10, 10, 5)
+    assert not list(settings.data_directory.glob(".backup*"))
 
 
 def test_restore_on_the_command_line(archive, tmp_path):

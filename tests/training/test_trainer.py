@@ -191,7 +191,7 @@ def test_the_loop_learns_evaluates_and_offers_what_devices_can_use(store: Store,
     frames = mixed_fleet(tap_plan=tap_plan)
     arrive(store, frames)
     stop = threading.Event()
-    thread = threading.Thread(target=trainer.run, args=(chosen, stop))
+    thread = threading.Thread(target=trainer.run, args=(chosen, stop), daemon=True)
     thread.start()
 
     def settled() -> bool:
@@ -236,7 +236,7 @@ def test_a_quiet_fleet_costs_nothing(store: Store, tmp_path: Path) -> None:
     chosen = settings(tmp_path, poll_seconds=0.5)
     prepare(store)
     stop = threading.Event()
-    thread = threading.Thread(target=trainer.run, args=(chosen, stop))
+    thread = threading.Thread(target=trainer.run, args=(chosen, stop), daemon=True)
     thread.start()
     wait_until((chosen.data_directory / "tap-cache" / "cache.json").exists, 30, "the trainer to be up")
     used, began = time.process_time(), time.monotonic()
