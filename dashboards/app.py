@@ -57,7 +57,7 @@ def make_app(settings: CoordinatorSettings, *, now: Callable[[], datetime] = utc
     for part in (fleet_page, device_page, training_page, lists_page, login, actions):
         app.include_router(part.router)
     app.include_router(metrics_router(FleetCollector(live.snapshot, access.reader, settings)))
-    app.add_api_route("/healthz", healthz, methods=["GET"], include_in_schema=False)
+    app.add_api_route("/healthz", healthz, methods=["GET", "HEAD"], include_in_schema=False)
     app.add_exception_handler(StoreError, _store_away)
     app.add_exception_handler(HTTPException, _refused)
     app.middleware("http")(guard_for(settings))

@@ -15,10 +15,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from pathlib import Path
 
 from fastapi import Request
 
-from coordinator.store.engine import Store, open_store
+from coordinator.store.engine import Store, open_store, parse_url
 from coordinator.store.errors import StoreError
 from coordinator.store.fleet import FleetMemory
 from dashboards.snapshot import FleetSnapshot, take_snapshot
@@ -49,6 +50,7 @@ class Channel:
     version: int = 0
     fragments: Fragments = field(default_factory=dict)
     changes: bytes = b""  # from version - 1 to version
+    trouble: str = ""  # why nothing moves now
 
 
 class StoreAccess:
@@ -57,6 +59,7 @@ class StoreAccess:
     def __init__(self, url: str) -> None:
         self._url = url
         self._store: Store | None = None
+        self._file: tuple[int, int] | None = None  # device and inode of SQLite's file
         self._trouble: StoreError | None = None
         self._tried_at = float("-inf")
         self._lock = threading.Lock()
@@ -69,17 +72,32 @@ class StoreAccess:
 
         """
         with self._lock:
+            if self._store is not None and self._file != self._file_now():
+                # Restored from a backup under our feet: the open connections still see the file that is gone.
+                self._store.close()
+                self._store = None
             if self._store is not None:
                 return self._store
             if self._trouble is not None and time.monotonic() - self._tried_at < RETRY_SECONDS:
                 raise self._trouble
             self._tried_at = time.monotonic()
             try:
+                self._file = self._file_now()
                 self._store = open_store(self._url, read_only=True)
             except StoreError as error:
                 self._trouble = error
                 raise
             return self._store
+
+    def _file_now(self) -> tuple[int, int] | None:
+        url = parse_url(self._url)
+        if url.get_backend_name() != "sqlite":
+            return None
+        try:
+            found = Path(str(url.database)).stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
 
     def close(self) -> None:
         with self._lock:
@@ -185,14 +203,14 @@ class Live:
             while not self.closed:
                 news = self._news  # before looking, so that a change in between is not missed
                 with self._lock:
-                    version, changes, fragments = channel.version, channel.changes, channel.fragments
+                    version, changes, whole = channel.version, channel.changes, (channel.fragments, channel.trouble)
                 if version == seen:
                     try:
                         await asyncio.wait_for(news.wait(), KEEP_ALIVE_SECONDS)
                     except asyncio.TimeoutError:
                         yield b": still here\n\n"
                     continue
-                yield changes if version == seen + 1 and seen else _event(fragments, self._now())
+                yield changes if version == seen + 1 and seen else _event(*whole, self._now())
                 seen = version
         finally:
             with self._lock:
@@ -223,8 +241,7 @@ class Live:
             try:
                 self._refresh(self.snapshot())
             except StoreError as error:
-                if self._troubles.count(str(error)) == 1:
-                    logger.warning("the fleet cannot be read: %s", error)
+                self._say_trouble(str(error))
             except Exception:
                 # A page that cannot be rendered must not leave every other page standing still.
                 logger.exception("a round of live updates failed")
@@ -241,12 +258,23 @@ class Live:
         for channel in channels:
             fragments = channel.render(snapshot)
             changed = {name: html for name, html in fragments.items() if channel.fragments.get(name) != html}
-            if not changed and channel.version:
+            if not changed and channel.version and not channel.trouble:
                 continue
             with self._lock:
-                channel.fragments = fragments
-                channel.changes = _event(changed, snapshot.at)
+                channel.fragments, channel.trouble = fragments, ""
+                channel.changes = _event(changed, "", snapshot.at)
                 channel.version += 1
+        self._announce()
+
+    def _say_trouble(self, words: str) -> None:
+        """Open pages say why they stand still."""
+        if self._troubles.count(words) == 1:
+            logger.warning("the fleet cannot be read: %s", words)
+        with self._lock:
+            for channel in self._channels.values():
+                if channel.trouble != words:
+                    channel.trouble, channel.changes = words, _event({}, words, self._now())
+                    channel.version += 1
         self._announce()
 
     def _refresh_new(self) -> None:
@@ -258,9 +286,10 @@ class Live:
             logger.exception("a new page could not be rendered")
 
 
-def _event(fragments: Fragments, at: datetime) -> bytes:
+def _event(fragments: Fragments, trouble: str, at: datetime) -> bytes:
     """A server-sent event: JSON never holds a line break, so one data line is enough."""
-    return b"data: " + json.dumps({"at": at.timestamp(), "fragments": dict(fragments)}, separators=(",", ":")).encode() + b"\n\n"
+    body = {"at": at.timestamp(), "fragments": dict(fragments), "trouble": trouble}
+    return b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"
 
 
 def snapshot(request: Request) -> FleetSnapshot:

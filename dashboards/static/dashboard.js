@@ -173,7 +173,11 @@
   function listen() {
     if (!body.dataset.live || stream) return;
     stream = new EventSource(body.dataset.live + location.search);
-    stream.onmessage = (event) => { apply(JSON.parse(event.data)); say("live"); };
+    stream.onmessage = (event) => {
+      const news = JSON.parse(event.data);
+      apply(news);
+      say(news.trouble ? `standing still: ${news.trouble}` : "live", news.trouble);
+    };
     stream.onerror = () => {
       say("connection lost, trying again", true);
       if (stream && stream.readyState === EventSource.CLOSED) { // refused: a browser does not try again by itself

@@ -133,8 +133,38 @@ def test_a_store_that_comes_late_is_found(settings: CoordinatorSettings):
     with serving(settings) as (place, _), viewer(f"{place}/live/fleet") as events:
         store = make_store(settings)
         send(store, "kitchen", 1)
+        assert any("row:kitchen" in fragments for fragments in events)  # after those that say why nothing comes
+        store.close()
+
+
+def test_a_store_that_was_restored_under_an_open_page_is_read_anew(settings, store):
+    with serving(settings) as (place, _), viewer(f"{place}/live/fleet") as events:
         assert "row:kitchen" in next(events)
         store.close()
+        path = Path(str(store.url.database))
+        for beside in ("", "-wal", "-shm"):
+            Path(f"{path}{beside}").rename(f"{path}{beside}.old")
+        with httpx.Client(timeout=PATIENCE) as client:
+            wait_until(lambda: client.get(place).status_code == 503, 60, "it is not there")
+        restored = make_store(settings)
+        send(restored, "newcomer", 1)
+        changed: dict[str, str] = {}
+        while "row:newcomer" not in changed:
+            changed |= next(events)
+        assert changed["order:devices"] == "row:newcomer"
+        restored.close()
+
+
+def test_a_page_that_stands_still_says_why_and_goes_on_later(settings, store):
+    with serving(settings) as (place, _), httpx.Client(timeout=PATIENCE) as client, client.stream("GET", f"{place}/live/fleet") as answer:
+        said = (json.loads(line.removeprefix("data: "))["trouble"] for line in answer.iter_lines() if line.startswith("data: "))
+        assert next(said) == ""
+        path = Path(str(store.url.database))
+        store.close()
+        path.rename(f"{path}.away")
+        assert "does not exist" in next(words for words in said if words)
+        Path(f"{path}.away").rename(path)
+        assert next(words for words in said if not words) == ""
 
 
 def test_a_snapshot_is_shared_for_a_round(settings, store):
