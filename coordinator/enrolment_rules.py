@@ -13,6 +13,8 @@ from typing import Literal
 
 from coordinator.authority import BACKDATED
 from coordinator.store.identities import CertificateRow, ClaimRow, IdentityRow
+from side_tuning.wire.bounded import FrameError
+from side_tuning.wire.topics import check_device_name
 
 Outcome = Literal["issue", "repeat", "hold", "wait", "refuse"]
 
@@ -74,6 +76,10 @@ def decide_claim(
     def refuse(reason: str, text: str) -> Decision:
         return Decision("refuse", device, reason, text)
 
+    try:
+        check_device_name(device)  # else whoever can write to the store could become the gateway, or this program
+    except FrameError as error:
+        return refuse("wrong-name", str(error))
     if identity is None or identity.revoked_at is not None:
         return refuse("revoked", f"device {device!r} was revoked; its owner must let it in again")
     if claim.withdrawn_at is not None:

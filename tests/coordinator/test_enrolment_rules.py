@@ -61,6 +61,9 @@ CLAIM_CASES = {
     "a foreign name": ({"facts": RequestFacts("attic", KEY)}, "wrong-name"),
     "no name": ({"facts": RequestFacts("", KEY)}, "wrong-name"),
     "a program's name": ({"facts": RequestFacts("gateway", KEY)}, "wrong-name"),
+    "a claim that somebody wrote into the store for a program": (
+        {"facts": RequestFacts("enrolment", KEY), "claim": claim(device="enrolment", **HELD, approved_at=NOW), "held_key": KEY}, "wrong-name",
+    ),
     "a foreign name under a spent claim": ({"facts": RequestFacts("attic", KEY), "claim": claim(**SPENT)}, "wrong-name"),
     "no request at all": ({"facts": RequestFacts(error="its key is too short")}, "bad-request"),
     "device revoked": ({"identity": identity(revoked_at=NOW - HOUR)}, "revoked"),
