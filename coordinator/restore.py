@@ -83,7 +83,7 @@ def restore_backup(
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     if in_the_way:
-        say(f"what was there before is in {aside}; delete it when all is well")
+        say(f"what was there before is in {aside}, keys in folders of that name beside their places; delete them when all is well")
     if DUMP in manifest.files:
         say(f"the database comes last: pg_restore --clean --if-exists --dbname=... {data / 'postgresql.dump'}, then `coordinator database upgrade`")
     elif DATABASE not in manifest.files:
@@ -212,7 +212,8 @@ def _put_in_place(settings: CoordinatorSettings, staging: Path, aside: Path | No
     if aside is not None:
         aside.mkdir(mode=0o700)
         for name, path in _occupied(settings):
-            _move(path, aside / name)
+            # Keys stay where they lie: in containers data_directory is seen by programs that have no business with them.
+            _move(path, path.parent / aside.name / path.name if path.suffix == ".key" else aside / name)
         for root in folders(settings).values():
             _remove_empty_folders(root)
     places = single_files(settings) | {

@@ -236,7 +236,7 @@ def test_what_is_there_stays_unless_forced_and_then_is_moved_aside(settings, arc
     (settings.data_directory / "checkpoint-signing.key").write_bytes(b"another")
     restore_backup(settings, archive, now(), force=True)
     (aside,) = settings.data_directory.glob("before-restore-*")
-    assert (aside / "signing" / "checkpoint-signing.key").read_bytes() == b"another"
+    assert (aside / "checkpoint-signing.key").read_bytes() == b"another"
     assert (settings.data_directory / "checkpoint-signing.key").read_bytes() == before["checkpoint-signing.key"]
     assert counts(settings) == (5, 5, 10, 10, 5)
     again = create_backup(settings, archive, now())
@@ -350,6 +350,8 @@ def test_folders_that_are_mount_points_keep_their_place(archive, tmp_path):
     assert not (there.data_directory / "tap-cache").exists()
     (aside,) = there.data_directory.glob("before-restore-*")
     assert (aside / "data" / "tap-cache" / "old").exists()
+    assert not [*aside.rglob("*.key")], "other programs see data_directory, but not the authorities' folder"
+    assert (there.authority_directory / aside.name / "fleet-authority.key").read_bytes() == b"another"
 
 
 def test_through_pipes(settings, tmp_path):
