@@ -111,10 +111,10 @@ def enrol(
 
         key = store.next_key(bundle.claim)
         answer = _ask(bundle, key, clock, timeout_seconds=timeout_seconds, say=say, stop=stop or threading.Event(), tick=tick)
-        certificate = check_certificate(answer.certificate, key, bundle.device, bundle.authorities.encode())
-        authorities = check_authorities(answer.authorities) if answer.authorities else bundle.authorities.encode()
-        ends = certificate.not_valid_after_utc
-        store.install(IdentityFacts.of(bundle), answer.certificate, authorities, bundle.checkpoint_public_key)
+        identity = store.install(
+            IdentityFacts.of(bundle), answer.certificate, answer.authorities or bundle.authorities.encode(), bundle.checkpoint_public_key,
+        )
+        ends = identity.certificate.not_valid_after_utc
         return f"enrolled as {bundle.device!r}; the certificate is good until {ends:%Y-%m-%d} and renews itself{_wiped(bundle_file)}"
 
 
@@ -192,7 +192,7 @@ def _ask(
     stop: threading.Event,
     tick: Callable[[], None],
 ) -> CertificateAnswer:
-    """Ask again and again until the answer to this key is there."""
+    """Ask again and again until the answer to this key is there, and checked."""
     arrived: queue.Queue[bytes] = queue.Queue(maxsize=32)
 
     def on_message(message: Message) -> None:
@@ -322,20 +322,24 @@ def _claim_settings(bundle: Bundle) -> Iterator[BrokerSettings]:
     """How to reach the claims' port. TLS wants files: in memory where the system has such, else in a private folder."""
     contents = {"ca_file": bundle.authorities, "certificate_file": bundle.claim_certificate, "key_file": bundle.claim_key}
     with ExitStack() as cleanup:
-        files: dict[str, Path] = {}
-        if hasattr(os, "memfd_create") and Path("/proc/self/fd").is_dir():
-            for name, content in contents.items():
-                descriptor = os.memfd_create(name)
-                cleanup.callback(os.close, descriptor)
-                os.write(descriptor, content.encode())
-                files[name] = Path(f"/proc/self/fd/{descriptor}")
-        else:
+        try:
+            files = {name: _memory_file(name, content.encode(), cleanup) for name, content in contents.items()}
+        except (AttributeError, OSError):  # another system than Linux, or forbidden
             folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))  # mode 0700
-            for name, content in contents.items():
-                files[name] = folder / name
-                files[name].write_text(content, encoding="ascii")
-                cleanup.callback(wipe, files[name])
+            files = {name: folder / name for name in contents}
+            for name, path in files.items():
+                path.write_text(contents[name], encoding="ascii")
+                cleanup.callback(wipe, path)
         yield BrokerSettings(host=bundle.host, port=bundle.claims_port, **files)  # type: ignore[arg-type]
+
+
+def _memory_file(name: str, content: bytes, cleanup: ExitStack) -> Path:
+    descriptor = os.memfd_create(name)
+    cleanup.callback(os.close, descriptor)
+    os.write(descriptor, content)
+    path = Path(f"/proc/self/fd/{descriptor}")
+    path.stat()  # a system may have the one without the other
+    return path
 
 
 def wipe(path: Path) -> str:

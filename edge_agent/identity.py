@@ -147,15 +147,18 @@ class IdentityStore:
         assert identity is not None, "it was just written"
         return identity
 
+    def leftovers(self) -> list[Path]:
+        """Folders that are not in use, whole or half removed."""
+        used = self.link.resolve()
+        return [path for path in self.folder.glob("*") if path.is_dir() and path.name != NEXT and path.resolve() != used]
+
     def others(self) -> list[Path]:
         """Complete identities that are not in use, the newest first."""
-        used = self.link.resolve()
-        complete = [path.parent for path in self.folder.glob(f"*/{FACTS}") if path.parent.name != NEXT and path.parent.resolve() != used]
-        return sorted(complete, key=lambda path: path.stat().st_mtime, reverse=True)
+        return sorted((path for path in self.leftovers() if (path / FACTS).exists()), key=lambda path: path.stat().st_mtime, reverse=True)
 
     def drop_others(self) -> None:
         """The identity in use has proved itself."""
-        for path in self.others():
+        for path in self.leftovers():
             shutil.rmtree(path, ignore_errors=True)
 
     def go_back(self) -> bool:

@@ -66,7 +66,7 @@ class Renewal:
         self._monotonic = monotonic
         self._answers: deque[bytes] = deque(maxlen=16)
         self._key: ec.EllipticCurvePrivateKey | None = None  # asked for and not answered yet
-        self._ask_at = self._not_before = 0.0  # monotonic
+        self._ask_at = self._put_off_until = self._settled_until = 0.0  # monotonic
         self._repeat = REPEAT_MIN_SECONDS
         self._wanted = False
         self._share = random.uniform(*LIFE_BEFORE_RENEWAL)  # noqa: S311 - jitter
@@ -74,7 +74,7 @@ class Renewal:
         if identity is None:
             raise IdentityError(f"there is no identity in {state_directory}; enrol this device with a bundle")
         self.identity: Identity = identity
-        self._on_trial_since: int | None = 0 if self._store.others() else None  # the epoch; a crash may have come between switch and proof
+        self._on_trial_since: int | None = 0 if self._store.leftovers() else None  # the epoch; a crash may have come between switch and proof
         self._expiry_told = False
         self.error = ""
         self.ticked_at = monotonic()
@@ -87,6 +87,7 @@ class Renewal:
     def ask_now(self) -> None:
         """By command: renew although it is not time yet."""
         self._wanted = True
+        self._put_off_until = 0.0
 
     def offer(self, message: Message) -> bool:
         """Take an answer in the network thread; False if the message is none."""
@@ -113,7 +114,7 @@ class Renewal:
             self._take(self._answers.popleft())
         now = self._monotonic()
         if self._key is None:
-            if now < self._not_before or not (self._wanted or self._clock.now() >= self.due_at):
+            if now < max(self._put_off_until, self._settled_until) or not (self._wanted or self._clock.now() >= self.due_at):
                 return
             self._key, self._ask_at, self._repeat = self._store.next_key(RENEWAL), now, REPEAT_MIN_SECONDS
             logger.info("asking for the next certificate; the present one ends on %s", _day(self.identity.ends))
@@ -152,7 +153,7 @@ class Renewal:
         )
         believe(self._clock, answer.at, certificate, self._connection.peer_certificate_expires_at)
         logger.info("a new certificate came, good until %s; connecting with it", _day(self.identity.ends))
-        self._key, self._wanted, self._not_before = None, False, self._monotonic() + SETTLED_SECONDS
+        self._key, self._wanted, self._settled_until = None, False, self._monotonic() + SETTLED_SECONDS
         self._on_trial_since = self._connection.epoch
         self._connection.reconnect()
 
@@ -172,7 +173,7 @@ class Renewal:
 
     def _put_off(self, error: str, seconds: float) -> None:
         self._key, self._wanted = None, False
-        self._not_before = self._monotonic() + seconds * random.uniform(0.8, 1.2)  # noqa: S311 - jitter
+        self._put_off_until = self._monotonic() + seconds * random.uniform(0.8, 1.2)  # noqa: S311 - jitter
         if error != self.error:
             logger.error("%s", error)
         self.error = error

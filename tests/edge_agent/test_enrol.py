@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from datetime import timedelta
@@ -252,6 +253,19 @@ def test_a_coordinators_clock_that_is_years_ahead_locks_no_device_out(tmp_path: 
 def test_only_one_at_a_time(tmp_path: Path, ask):
     with IdentityStore(tmp_path / "state").held(), pytest.raises(IdentityError, match="another edge-agent is enrolling"):
         ask()
+
+
+def test_without_files_in_memory_a_private_folder_is_used_and_wiped(tmp_path: Path, broker: TlsBroker, ask, monkeypatch):
+    def forbidden(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "memfd_create", forbidden)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    path = make_bundle(broker, tmp_path)
+    bundle = path.read_text()
+    with Answering(broker):
+        assert "enrolled as 'kitchen'" in ask(path)
+    assert private_keys_in(tmp_path, bundle) == []
 
 
 def test_it_can_be_stopped(tmp_path: Path, broker: TlsBroker):

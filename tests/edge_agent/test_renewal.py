@@ -82,7 +82,7 @@ def device(state: Path, **options) -> Iterator[Device]:
 
 def settled(running: Device, certificate: x509.Certificate) -> bool:
     """Connected with this certificate and rid of the one before."""
-    return running.renewal.identity.certificate == certificate and running.connection.epoch > 1 and sum(path.is_dir() for path in running.store.folder.iterdir()) == 1
+    return running.renewal.identity.certificate == certificate and running.connection.epoch > 1 and not running.store.leftovers()
 
 
 def test_a_certificate_that_is_due_is_replaced_and_the_connection_made_anew(tmp_path: Path, broker: TlsBroker):
@@ -158,7 +158,9 @@ def test_a_refusal_is_told_and_the_old_one_stays_in_use(tmp_path: Path, broker: 
         assert "refused a new certificate (revoked): this device was revoked" in running.renewal.error
         asked = len(answering.requests)
         running.renewal.step()
-        assert len(answering.requests) == asked  # not for hours
+        assert len(answering.requests) == asked  # not for hours, but by command:
+        running.renewal.ask_now()
+        wait_until(lambda: len(answering.requests) > asked, LONG, "asked again")
         assert running.connection.connected
         assert running.renewal.identity == old
 
@@ -217,7 +219,7 @@ def test_a_full_disk_is_told_and_tried_again(tmp_path: Path, broker: TlsBroker, 
     with Answering(broker, days=FRESH), device(tmp_path) as running:
         monkeypatch.setattr(running.store, "next_key", full)
         monkeypatch.setattr(running.renewal, "_store", running.store)
-        running.renewal._key, running.renewal._not_before = None, 0.0
+        running.renewal._key, running.renewal._put_off_until = None, 0.0
         wait_until(lambda: "No space left" in running.renewal.error, LONG, "told")
         monkeypatch.undo()
         assert running.thread.is_alive()
