@@ -242,8 +242,8 @@ class Enrolment:
             if self._told.count(str(error)) == 1:
                 logger.warning("a certificate request was thrown away: %s", error)
             return
-        if message.retain or topic.arguments:
-            return  # requests are not retained; an old one would come back for ever
+        if message.retain or topic.arguments or topic.owner == topics.FLEET:
+            return  # requests are not retained: an old one would come back for ever
         try:
             asked = read_asked(topic.owner, CertificateRequest.from_bytes(message.payload).csr)
         except FrameError as error:
