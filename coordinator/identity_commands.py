@@ -184,7 +184,7 @@ def devices_approve(context: typer.Context, device: Device, config: Config = Non
     _device_name(device)
     with opened_store(_given(context, config)) as (_, store), store.write() as session:
         claim = approve_device(session, device, at=_now(), actor=actor)
-    print(f"{device} is approved and gets its certificate when it asks next (until {_moment(claim.expires_at)} UTC)")
+    print(f"{device} is approved{_held_key(claim)} and gets its certificate when it asks next (until {_moment(claim.expires_at)} UTC)")
 
 
 @devices_app.command("revoke")
@@ -303,7 +303,19 @@ def _claim_line(row: ClaimRow, now: datetime) -> str:
     state = row.state(now)
     at = {"spent": row.spent_at, "withdrawn": row.withdrawn_at, "waiting": row.requested_at, "approved": row.approved_at}.get(state)
     since = f" since {_moment(at)}" if at else ""
-    return f"{row.id}  {state}{since}; made {_moment(row.created_at)}, until {_moment(row.expires_at)}"
+    return f"{row.id}  {state}{since}{_held_key(row)}; made {_moment(row.created_at)}, until {_moment(row.expires_at)}"
+
+
+def _held_key(row: ClaimRow) -> str:
+    """Which key waits under this claim, as the device shows it too: whoever took the bundle has another."""
+    from coordinator.authority import RequestError, key_digest, public_key_of, read_request
+
+    if row.request is None:
+        return ""
+    try:
+        return f" with the key {key_digest(public_key_of(read_request(row.request)))[:16]}"
+    except RequestError:
+        return " with an unreadable request"
 
 
 def _certificate_line(row: CertificateRow, now: datetime) -> str:

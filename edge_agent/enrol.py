@@ -233,7 +233,10 @@ def _ask(
                 elif answer is not None and not waiting:
                     waiting, repeat = True, REPEAT_WAITING_SECONDS
                     deadline = None if timeout_seconds is None else deadline
-                    say(f"the coordinator has the request of {bundle.device!r}; it waits for approval (`coordinator devices approve {bundle.device}`)")
+                    say(
+                        f"the coordinator has the request of {bundle.device!r} with the key {key_digest(key.public_key())[:16]}; "
+                        f"it waits for approval (`coordinator devices approve {bundle.device}`)"
+                    )
                 _give_up_if_hopeless(connection, bundle)
                 if deadline is not None and now > deadline:
                     raise EnrolmentFailed(_silence(connection, asked, bundle, waiting=waiting), exit_codes.TRY_AGAIN)

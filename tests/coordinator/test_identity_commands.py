@@ -10,7 +10,7 @@ import pytest
 from cryptography import x509
 
 from coordinator import cli
-from coordinator.authority import common_name_of, load_authority, serial_hex
+from coordinator.authority import common_name_of, key_digest, load_authority, new_key, serial_hex
 from coordinator.settings import load_settings
 from coordinator.store.commands import commands_to_send
 from coordinator.store.engine import open_store
@@ -23,6 +23,7 @@ from coordinator.store.identities import (
     spend_claim,
 )
 from side_tuning.bundle import read_bundle
+from tests.coordinator.enrolling import make_csr
 from tests.coordinator.fleet import settings_file
 from tests.store.frames import report
 
@@ -189,9 +190,12 @@ def test_devices_shows_what_waits_for_a_person(coordinator):
     bundle = json.loads(coordinator.says("enrol", "cellar", "--out", "-"))
     store = coordinator.store()
     with store.write() as session:
-        hold_request(session, bundle["claim"], request=b"CSR", at=NOW)
+        key = new_key()
+        hold_request(session, bundle["claim"], request=make_csr(key, "cellar"), at=NOW)
+    shown = f"with the key {key_digest(key.public_key())[:16]}"
+    assert shown in coordinator.says("devices", "show", "cellar")
     assert "cellar  WAITS FOR APPROVAL: `coordinator devices approve cellar`" in coordinator.says("devices", "list")
-    assert "cellar is approved" in coordinator.says("devices", "approve", "cellar", "--actor", "anna")
+    assert f"cellar is approved {shown}" in coordinator.says("devices", "approve", "cellar", "--actor", "anna")
     assert "anna: device approved" in coordinator.says("audit", "--device", "cellar")
     assert coordinator("devices", "approve", "cellar") == 1
     assert "nothing of 'cellar' waits" in coordinator.err

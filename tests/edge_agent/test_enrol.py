@@ -19,7 +19,7 @@ from cryptography import x509
 from coordinator.authority import make_authority
 from edge_agent import enrol as enrolment
 from edge_agent.enrol import EnrolmentFailed, Stopped, enrol, enrol_before_start, wipe
-from edge_agent.identity import IdentityStore
+from edge_agent.identity import IdentityStore, key_digest
 from edge_agent.identity_file import IdentityError
 from edge_agent.settings import AgentSettings
 from edge_agent.trusted_clock import TrustedClock
@@ -165,6 +165,8 @@ def test_an_approval_is_waited_for_and_told_once(broker: TlsBroker, ask):
         assert "enrolled" in ask(timeout=None, said=said)
     assert len(said) == 1
     assert "devices approve kitchen" in said[0]
+    key = x509.load_pem_x509_csr(answering.requests[0][1]).public_key()
+    assert f"with the key {key_digest(key)[:16]}" in said[0]
 
 
 def test_wrong_answers_are_ignored_with_a_word(broker: TlsBroker, ask, caplog):
