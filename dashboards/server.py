@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import socket
 from types import FrameType
 
@@ -55,6 +56,13 @@ def run(settings: CoordinatorSettings) -> None:
     logging.getLogger("uvicorn").setLevel("WARNING")
     host, port = settings.dashboard.host, settings.dashboard.port
     server = make_server(settings)
+
+    def end(*_: object) -> None:
+        server.should_exit = True
+
+    # uvicorn takes these over, and hands each signal on to them once it has ended: without them it would die of it.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=512)
     except OSError as error:
