@@ -48,7 +48,7 @@ needs_prometheus = pytest.mark.skipif(
 
 def promtool(*arguments: str | Path) -> str:
     """What `promtool` says; fails the test where it refuses."""
-    done = subprocess.run(["promtool", *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["promtool", *map(str, arguments)], capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
