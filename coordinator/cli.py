@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 import threading
 from pathlib import Path
@@ -318,10 +317,9 @@ def _has_authorities(settings: CoordinatorSettings) -> bool:
 
 
 def _stop_on_signals() -> threading.Event:
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    return stop
+    from side_tuning.stop_signals import stop_event
+
+    return stop_event()
 
 
 def _describe_backbone(manifest: Any) -> str:
