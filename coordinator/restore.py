@@ -36,6 +36,7 @@ from coordinator.backup import (
     single_files,
 )
 from coordinator.files import held
+from coordinator.kept_revocations import keep_revocations
 from coordinator.settings import CoordinatorSettings
 from coordinator.store.engine import parse_url
 from coordinator.store.schema import upgrade
@@ -78,6 +79,11 @@ def restore_backup(
         try:
             manifest = _unpack(source, staging)
             _prepare_database(settings, staging, manifest)
+            if (staging / DATABASE).exists():
+                kept = keep_revocations(settings.broker_directory, staging / "broker", f"sqlite:///{staging / DATABASE}", now)
+                _to_one_file(staging / DATABASE)
+                if kept:
+                    say(f"{kept} revocations that the broker's present lists know and the backup does not were kept")
             aside = data / f"{BEFORE_RESTORE}{now:%Y%m%d-%H%M%S}"
             _put_in_place(settings, staging, aside if in_the_way else None)
         finally:
@@ -89,8 +95,8 @@ def restore_backup(
     elif DATABASE not in manifest.files:
         say("the backup holds no database: restore it with PostgreSQL's own tools, then `coordinator database upgrade`")
     say(
-        f"revocations after {manifest.made_at} are not in this backup: compare `coordinator audit` with what you remember, "
-        "and revoke again; frames that were receipted after it are lost, the loss ledger counts them"
+        f"who was shut out after {manifest.made_at} is known only where the broker's own lists still were in their place: compare "
+        "with what you remember, and revoke again; frames that were receipted after it are lost, the loss ledger counts them"
     )
     return manifest
 
@@ -204,8 +210,11 @@ def _prepare_database(settings: CoordinatorSettings, staging: Path, manifest: Ma
             "UPDATE checkpoints SET folder = ? || substr(folder, ?) WHERE substr(folder, 1, ?) = ?",
             (after, len(before) + 1, len(before) + 1, f"{before}/"),
         )
+
+
+def _to_one_file(database: Path) -> None:
     with closing(sqlite3.connect(database)) as connection:
-        connection.execute("PRAGMA journal_mode = DELETE")  # one file to move, nothing beside it
+        connection.execute("PRAGMA journal_mode = DELETE")  # nothing beside it that would have to be moved with it
 
 
 def _put_in_place(settings: CoordinatorSettings, staging: Path, aside: Path | None) -> None:

@@ -7,17 +7,21 @@ import subprocess
 import sys
 import tarfile
 import threading
+from datetime import timedelta
 
 import pytest
+from cryptography import x509
 from sqlalchemy import func, select
 
 from coordinator import backup as backup_module
+from coordinator.authority import certificate_pem, key_digest, load_authority, new_key, serial_hex
 from coordinator.backup import MANIFEST, BackupError, create_backup
-from coordinator.files import held
+from coordinator.files import held, write_atomically
 from coordinator.identities import make_identities
 from coordinator.outbox import ensure_signing_key
 from coordinator.restore import restore_backup
 from coordinator.store.engine import open_store
+from coordinator.store.identities import add_certificate, add_claim, certificates_of, claims_of
 from coordinator.store.ingest import insert_frames
 from coordinator.store.models import FrameBody, FrameRow, SampleRow, Spool
 from coordinator.store.schema import downgrade
@@ -352,6 +356,36 @@ def test_folders_that_are_mount_points_keep_their_place(archive, tmp_path):
     assert (aside / "data" / "tap-cache" / "old").exists()
     assert not [*aside.rglob("*.key")], "other programs see data_directory, but not the authorities' folder"
     assert (there.authority_directory / aside.name / "fleet-authority.key").read_bytes() == b"another"
+
+
+def test_who_was_shut_out_after_the_backup_stays_out(settings, tmp_path):
+    """The backup knows a certificate and an open claim as good; the lists that the broker has know better."""
+    fleet, claims = (load_authority(settings.authority_directory, name) for name in ("fleet-authority", "claims-authority"))
+    key = new_key()
+    certificate = fleet.issue(key.public_key(), "stolen", now=now(), days=90, usage="client")
+    serial, claim = serial_hex(certificate), "claim-0123456789abcdef"
+    store = open_store(settings.database_url)
+    with store.write() as session:
+        add_claim(session, claim, "stolen", serial="abc1", at=now(), actor="operator", expires_at=now() + timedelta(days=7))
+        add_certificate(
+            session, serial=serial, device="stolen", key_digest=key_digest(key.public_key()), pem=certificate_pem(certificate),
+            issued_at=now(), expires_at=certificate.not_valid_after_utc, claim=None, actor="stolen",
+        )  # fmt: skip
+    store.close()
+    create_backup(settings, tmp_path / "b.tar", now())
+    lists = settings.broker_directory
+    later = now() + timedelta(seconds=5)
+    write_atomically(lists / "fleet-revoked.pem", fleet.revocation_list([(serial, later)], now=later, days=365))
+    write_atomically(lists / "claims-revoked.pem", claims.revocation_list([("abc1", later)], now=later, days=365))
+    said = []
+    restore_backup(settings, tmp_path / "b.tar", now(), force=True, say=said.append)
+    assert any("2 revocations" in line for line in said)
+    store = open_store(settings.database_url, read_only=True)
+    with store.read() as session:
+        assert certificates_of(session, "stolen")[0].revoked_at is not None
+        assert claims_of(session, "stolen")[0].withdrawn_at is not None
+    store.close()
+    assert int(serial, 16) in {row.serial_number for row in x509.load_pem_x509_crl((lists / "fleet-revoked.pem").read_bytes())}
 
 
 def test_through_pipes(settings, tmp_path):
