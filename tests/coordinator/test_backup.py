@@ -151,7 +151,7 @@ def test_a_backup_while_the_gateway_writes_is_of_one_moment(settings, elsewhere,
     config = settings_file(tmp_path / "old", free_port())
     try:
         wait_until(lambda: written[0] > 20, 60, "it writes")
-        for number in range(3):
+        for number in range(2):
             before = written[0]
             done = subprocess.run(
                 [sys.executable, "-m", "coordinator.cli", "backup", str(tmp_path / "b.tar"), "--config", str(config)],

@@ -22,7 +22,7 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", [*list(PROGRAMS)[:-1], pytest.param("run", marks=pytest.mark.slow)])
 def test_sigterm_ends_it_in_order(tmp_path, program):
     config = settings_file(tmp_path, free_port())
     made = settings_for(tmp_path, BrokerSettings(host="localhost", port=free_port()))
