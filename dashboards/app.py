@@ -75,6 +75,8 @@ def make_templates() -> Environment:
     templates.globals["static"] = {
         path.name: f"/static/{path.name}?v={hashlib.sha256(path.read_bytes()).hexdigest()[:12]}" for path in (FOLDER / "static").iterdir()
     }
+    for name in templates.list_templates():
+        templates.get_template(name)  # compiled now, not while somebody waits
     return templates
 
 

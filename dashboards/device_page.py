@@ -27,6 +27,7 @@ from coordinator.store.views import (
     accuracy_series,
     arrival_minutes,
     assigned_plan,
+    device_access,
     orders,
     timeline,
     usual_interval,
@@ -42,6 +43,7 @@ router = APIRouter()
 PLOT_MINUTES = 60
 ACCURACY_POINTS = 100
 FEW = 5
+FLEET_SECONDS = 15.0
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class DeviceDetail:
 @router.get("/devices/{device}")
 def device_page(request: Request, device: str, done: str = "") -> Response:
     view = view_of(request)
-    values = device_values(view, view.live.snapshot(), device)
+    # The device itself is read anew; of the fleet an older look does, so that this page need not wait for 2,000 others.
+    values = device_values(view, view.live.snapshot(FLEET_SECONDS), device, anew=True)
     if values is None:
         raise HTTPException(404, f"no device {device!r} has been heard of, and no claim was made for it")
     return view.respond(request, "device.html", title=device, live=f"/live/device/{quote(device, safe='')}", message=done[:200], device=device, **values)
@@ -82,9 +85,12 @@ async def device_updates(request: Request, device: str) -> Response:
     return await view.stream(f"device {device}", render)
 
 
-def device_values(view: View, snapshot: FleetSnapshot, device: str) -> dict[str, Any] | None:
+def device_values(view: View, snapshot: FleetSnapshot, device: str, *, anew: bool = False) -> dict[str, Any] | None:
     """What the device's templates show; None for a name that stands for nothing."""
     one, access = snapshot.device(device), snapshot.access.get(device)
+    if anew:
+        with view.access.reader().read() as session:
+            one, access = view.live.device(session, device), device_access(session, device).get(device)
     if one is None and access is None:
         return None
     detail = read_detail(view.access.reader(), device, snapshot, one)

@@ -17,17 +17,18 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
-from fastapi import Request
+from sqlalchemy.orm import Session
 
 from coordinator.store.engine import Store, open_store, parse_url
 from coordinator.store.errors import StoreError
-from coordinator.store.fleet import FleetMemory
+from coordinator.store.fleet import DeviceOverview, FleetMemory, device_overview
 from dashboards.snapshot import FleetSnapshot, take_snapshot
 from side_tuning.repeats import Repeats
 
 logger = logging.getLogger(__name__)
 
 MAX_VIEWERS = 500
+STALE_SECONDS = 15.0  # how old a snapshot may be shown while the next one is being read
 RETRY_SECONDS = 1.0  # between attempts to open a store that is not there yet
 KEEP_ALIVE_SECONDS = 15.0  # so that a viewer who vanished is noticed
 # A round may cost this share of a core at most: a large fleet is read less often, never the gateway starved.
@@ -123,7 +124,6 @@ class Live:
         self._memory = FleetMemory()
         self._snapshot: FleetSnapshot | None = None
         self._taken_at = float("-inf")
-        self._cost = 0.0  # seconds of processor time that the newest snapshot took
         self._read_lock = threading.Lock()
         self._channels: dict[str, Channel] = {}
         self._lock = threading.Lock()  # of channels and closed
@@ -137,18 +137,35 @@ class Live:
 
     # The shared snapshot.
 
-    def snapshot(self) -> FleetSnapshot:
-        """The fleet as it was at most a round ago; whoever comes first reads it for all.
+    def snapshot(self, at_most_seconds: float = 0.0) -> FleetSnapshot:
+        """The fleet as it was at most a round (or `at_most_seconds`) ago; whoever comes first reads it for all.
+
+        While somebody is reading it anew, others get the one before rather than wait.
 
         Raises:
             StoreError: the store cannot be read now.
 
         """
-        with self._read_lock:
-            kept = self._snapshot
-            if kept is not None and time.monotonic() - self._taken_at < self._pause(self._cost):
+        if (kept := self._kept(max(at_most_seconds, self._every))) is not None:
+            return kept
+        if not self._read_lock.acquire(blocking=False):
+            if (kept := self._kept(STALE_SECONDS)) is not None:
                 return kept
-            return self._read()
+            self._read_lock.acquire()
+        try:
+            return self._kept(self._every) or self._read()
+        finally:
+            self._read_lock.release()
+
+    def _kept(self, at_most_seconds: float) -> FleetSnapshot | None:
+        kept = self._snapshot
+        return kept if kept is not None and time.monotonic() - self._taken_at < at_most_seconds else None
+
+    def device(self, session: Session, device: str) -> DeviceOverview | None:
+        """One device as it is now, without reading the others."""
+        known = FleetMemory(evaluation=self._memory.evaluation, accuracy=self._memory.accuracy)
+        found = device_overview(session, self._now(), self._heartbeat, device=device, memory=known)
+        return found[0] if found else None
 
     def fresh(self) -> FleetSnapshot:
         """The fleet as it is now: for the page that follows an action."""
@@ -156,9 +173,8 @@ class Live:
             return self._read()
 
     def _read(self) -> FleetSnapshot:
-        began = time.thread_time()
         taken = take_snapshot(self._access.reader(), self._now(), self._heartbeat, self._memory)
-        self._snapshot, self._taken_at, self._cost = taken, time.monotonic(), time.thread_time() - began
+        self._taken_at, self._snapshot = time.monotonic(), taken
         return taken
 
     def _pause(self, cost: float) -> float:
@@ -232,6 +248,14 @@ class Live:
     # The sampler.
 
     def _run(self) -> None:
+        # The first look at a large fleet decodes every device's report: do it before the first viewer waits for it.
+        try:
+            with self._read_lock:
+                take_snapshot(self._access.reader(), self._now(), self._heartbeat, self._memory)
+        except StoreError as error:
+            logger.info("nothing to show yet: %s", error)
+        except Exception:
+            logger.exception("the fleet could not be read")
         while not self.closed:
             if self.viewers == 0:
                 self._wake.wait(60.0)
@@ -290,9 +314,3 @@ def _event(fragments: Fragments, trouble: str, at: datetime) -> bytes:
     """A server-sent event: JSON never holds a line break, so one data line is enough."""
     body = {"at": at.timestamp(), "fragments": dict(fragments), "trouble": trouble}
     return b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"
-
-
-def snapshot(request: Request) -> FleetSnapshot:
-    """The shared snapshot, for routes of other modules (`/metrics`): `Depends(snapshot)`."""
-    live: Live = request.app.state.live
-    return live.snapshot()

@@ -96,14 +96,18 @@ class RejectedPayload:
     payload: bytes | None  # None once retention has dropped it
 
 
-def device_access(session: Session) -> dict[str, DeviceAccess]:
-    """Every device that a claim was ever made for."""
+def device_access(session: Session, device: str | None = None) -> dict[str, DeviceAccess]:
+    """Every device that a claim was ever made for, or just one."""
     expiry = select(Certificate.device, func.max(Certificate.expires_at)).where(Certificate.revoked_at.is_(None)).group_by(Certificate.device)
-    expires = {device: at for device, at in session.execute(expiry)}  # noqa: C416 - a Row is no pair to mypy
     held = (Claim.approved_at.is_(None), Claim.spent_at.is_(None), Claim.withdrawn_at.is_(None))
     requests = select(Claim.device, func.min(Claim.requested_at)).where(Claim.requested_at.is_not(None), *held).group_by(Claim.device)
-    waiting = {device: at for device, at in session.execute(requests)}  # noqa: C416
-    rows = session.execute(select(*Identity.__table__.columns).order_by(Identity.device))
+    wanted = select(*Identity.__table__.columns).order_by(Identity.device)
+    if device is not None:
+        expiry, requests = expiry.where(Certificate.device == device), requests.where(Claim.device == device)
+        wanted = wanted.where(Identity.device == device)
+    expires = {name: at for name, at in session.execute(expiry)}  # noqa: C416 - a Row is no pair to mypy
+    waiting = {name: at for name, at in session.execute(requests)}  # noqa: C416
+    rows = session.execute(wanted)
     return {
         row.device: DeviceAccess(
             row.device,
