@@ -213,12 +213,15 @@ def _dated(check: str, file: Path, now: datetime, warning: timedelta, cure: str)
 def _list_dated(file: Path, now: datetime) -> Iterator[Finding]:
     check, cure = f"revocations ({file.name})", "start `coordinator enrolment`, which renews it; a broker with an old list lets nobody in"
     try:
-        ends = x509.load_pem_x509_crl(file.read_bytes()).next_update_utc
+        found = x509.load_pem_x509_crl(file.read_bytes())
+        begins, ends = found.last_update_utc, found.next_update_utc
     except (OSError, ValueError) as error:
         yield Finding(check, "failed", f"{file} cannot be read: {error}", "run `coordinator init`; without it the broker does not start")
         return
     if ends is None:
         yield Finding(check, "failed", f"{file} says no end", cure)
+    elif now < begins:  # a clock that was ahead
+        yield Finding(check, "failed", f"valid only from {begins:%Y-%m-%d %H:%M}", cure)
     else:
         yield _ends(check, ends, now, LIST_WARNING, cure)
 

@@ -154,7 +154,10 @@ def _make_identities(settings: CoordinatorSettings, now: datetime) -> list[str]:
         own.mkdir(mode=PRIVATE_FOLDER, parents=True, exist_ok=True)
         _keep_file(own / "authorities.pem", certificate_pem(fleet.certificate))
     if now < fleet.certificate.not_valid_before_utc:
-        done.append(f"WARNING: no certificate was looked after, since this machine's clock shows {now:%Y-%m-%d}, before the fleet authority was made: set it")
+        done.append(
+            f"WARNING: no certificate was looked after, since this machine's clock shows {now:%Y-%m-%d}, before the fleet authority was made: set it. "
+            f"If it is right now and was ahead then, begin anew: delete {settings.authority_directory} and {folder}"
+        )
         return done
     for wanted in _certificates(settings, fleet):
         if not wanted.key_file.exists():

@@ -132,6 +132,8 @@ def test_a_revocation_list_that_ends_soon_is_a_warning(settings):
     write_atomically(settings.broker_directory / "fleet-revoked.pem", fleet.revocation_list([], now=now(), days=5))
     finding = found(settings, "revocations (fleet-revoked.pem)")
     assert (finding.level, "coordinator enrolment" in finding.cure) == ("warning", True)
+    write_atomically(settings.broker_directory / "fleet-revoked.pem", fleet.revocation_list([], now=now() + timedelta(days=1), days=5))
+    assert found(settings, "revocations (fleet-revoked.pem)").level == "failed", "from a clock ahead: the broker takes it for no list"
 
 
 def test_a_new_public_host_asks_for_a_new_certificate(settings):
