@@ -83,6 +83,8 @@ def test_a_prepared_backbone_is_taken_from_the_cache_and_a_damaged_one_made_anew
 
 def test_options_have_defaults():
     options = parse_options([])
+    assert options.dashboard is None
+    assert [parse_options(words).dashboard for words in (["--dashboard"], ["--dashboard", "8100"])] == [8080, 8100]
     assert (options.devices, options.partition.kind, options.broker, options.compare, options.data) == (4, "iid", "embedded", True, None)
 
 
