@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.exceptions import HTTPException
@@ -57,6 +57,8 @@ def make_app(settings: CoordinatorSettings, *, now: Callable[[], datetime] = utc
     for part in (fleet_page, device_page, training_page, lists_page, login, actions):
         app.include_router(part.router)
     app.include_router(metrics_router(FleetCollector(live.snapshot, access.reader, settings)))
+    # The pages name their icon; of an address that is no page (a download, /metrics) browsers ask for this one.
+    app.add_api_route("/favicon.ico", lambda: FileResponse(FOLDER / "static" / "icon.svg"), methods=["GET", "HEAD"], include_in_schema=False)
     app.add_api_route("/healthz", healthz, methods=["GET", "HEAD"], include_in_schema=False)
     app.add_exception_handler(StoreError, _store_away)
     app.add_exception_handler(HTTPException, _refused)
@@ -94,6 +96,9 @@ async def _store_away(request: Request, error: Exception) -> Response:
     view = view_of(request)
     if not _wants_page(request):
         return JSONResponse({"detail": str(error)}, status_code=503, headers={"Retry-After": "5"})
+    if request.method == "POST":  # nothing to look at again: the address is a form's
+        body = view.page(request, "refused.html", title="Not done", reason=f"nothing was done: {error}")
+        return HTMLResponse(body, status_code=503, headers={"Retry-After": "5"})
     body = view.page(request, "waiting.html", title="Waiting for the store", reason=str(error))
     return HTMLResponse(body, status_code=503, headers={"Retry-After": "5", "Refresh": "5"})
 
@@ -102,7 +107,7 @@ async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if not _wants_page(request):
         return JSONResponse({"detail": error.detail}, status_code=error.status_code, headers=error.headers)
-    body = view_of(request).page(request, "refused.html", title="Not done" if request.method == "POST" else "Not found", reason=error.detail)
+    body = view_of(request).page(request, "refused.html", title="Not found" if error.status_code == 404 else "Not done", reason=error.detail)
     return HTMLResponse(body, status_code=error.status_code, headers=error.headers)
 
 

@@ -1,7 +1,7 @@
 """Who may do more than look: one operator password from a file, sessions in memory, a limit on guesses. No web in here.
 
-The file is read at each attempt, so a new password counts at once. Sessions end with the program. A cookie holds
-nothing but a random token; the program keeps its hash.
+The file is read each time, so a new password counts at once and ends the sessions of the old one. All sessions end
+with the program. A cookie holds nothing but a random token; the program keeps its hash.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 COOKIE = "fleet_session"
 MOST_SESSIONS = 1000
 MOST_ADDRESSES = 10_000
+_ADDRESS_CHARACTERS = 64  # a proxy says what it likes
 # Guesses within a minute, from one address and from everywhere.
 GUESSES_PER_ADDRESS = 5
 GUESSES_IN_ALL = 30
@@ -36,6 +37,7 @@ class Session:
 
     csrf: str
     ends_at: float  # monotonic
+    password: bytes  # the digest of the one that opened it
 
 
 class Guesses:
@@ -47,8 +49,12 @@ class Guesses:
         self._by_address: dict[str, deque[float]] = {}
         self._all: deque[float] = deque(maxlen=GUESSES_IN_ALL)
 
-    def wait_seconds(self, address: str) -> float:
-        """How long `address` has to wait before it may try; zero if it may."""
+    def take(self, address: str) -> float:
+        """Zero if `address` may try now, else the seconds that it has to wait.
+
+        An attempt is counted in the same step, before it is looked at, so that many at once gain nothing.
+        """
+        address = address[:_ADDRESS_CHARACTERS]
         with self._lock:
             now = self._clock()
             waits = [0.0]
@@ -57,20 +63,18 @@ class Guesses:
                     past.popleft()
                 if len(past) >= most:
                     waits.append(GUESS_SECONDS - (now - past[0]))
-            return max(waits)
-
-    def count(self, address: str) -> None:
-        """One more attempt, counted before it is looked at so that many at once gain nothing."""
-        with self._lock:
+            if (wait := max(waits)) > 0:
+                return wait
             if len(self._by_address) >= MOST_ADDRESSES:
                 self._by_address.clear()
-            self._by_address.setdefault(address, deque(maxlen=GUESSES_PER_ADDRESS)).append(self._clock())
-            self._all.append(self._clock())
+            self._by_address.setdefault(address, deque(maxlen=GUESSES_PER_ADDRESS)).append(now)
+            self._all.append(now)
+            return 0.0
 
     def forget(self, address: str) -> None:
         """The right password: what came before was no attack."""
         with self._lock:
-            self._by_address.pop(address, None)
+            self._by_address.pop(address[:_ADDRESS_CHARACTERS], None)
 
 
 class Doorkeeper:
@@ -96,6 +100,10 @@ class Doorkeeper:
             PasswordError: the file is missing, cannot be read, or holds no password.
 
         """
+        return hmac.compare_digest(digest(password), self._wanted())
+
+    def _wanted(self) -> bytes:
+        """The digest of the operator's password as it is now."""
         assert self.password_file is not None
         try:
             lines = self.password_file.read_text(encoding="utf-8").splitlines()
@@ -105,26 +113,31 @@ class Doorkeeper:
         wanted = lines[0].strip() if lines else ""
         if len(wanted) < LEAST_CHARACTERS:
             raise PasswordError(f"the password file {self.password_file} needs a first line of {LEAST_CHARACTERS} characters or more")
-        return hmac.compare_digest(digest(password), digest(wanted))
+        return digest(wanted)
 
-    def begin(self) -> str:
-        """A new session's token."""
+    def begin(self, password: str) -> str:
+        """A new session's token, for whoever knew `password`."""
         token = secrets.token_urlsafe(32)
         with self._lock:
             now = self._clock()
             self._sessions = {key: session for key, session in self._sessions.items() if session.ends_at > now}
             while len(self._sessions) >= MOST_SESSIONS:
                 self._sessions.pop(next(iter(self._sessions)))
-            self._sessions[digest(token)] = Session(secrets.token_urlsafe(32), now + self._seconds)
+            self._sessions[digest(token)] = Session(secrets.token_urlsafe(32), now + self._seconds, digest(password))
         return token
 
     def find(self, token: str | None) -> Session | None:
-        """The session of this token, if it has not ended."""
+        """The session of this token, if it has not ended and its password is still the one."""
         if not token:
             return None
         with self._lock:
             session = self._sessions.get(digest(token))
-        return session if session is not None and session.ends_at > self._clock() else None
+        if session is None or session.ends_at <= self._clock():
+            return None
+        try:
+            return session if hmac.compare_digest(session.password, self._wanted()) else None
+        except PasswordError:
+            return None
 
     def end(self, token: str | None) -> None:
         with self._lock:

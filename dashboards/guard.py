@@ -9,6 +9,8 @@ from fastapi import Request, Response
 
 from coordinator.settings import CoordinatorSettings
 
+# Forms are a few short fields; whatever is longer is read by nobody.
+MOST_FORM_BYTES = 65_536
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 SECURITY_HEADERS = {
@@ -38,17 +40,24 @@ def guard_for(settings: CoordinatorSettings) -> Callable[[Request, Callable[[Req
             response: Response = Response(
                 "this dashboard does not answer to that name; add it to dashboard.allowed_hosts", status_code=421, media_type="text/plain"
             )
+        elif request.method not in ("GET", "HEAD") and not _is_short(request.headers.get("content-length")):
+            response = Response(f"a form has at most {MOST_FORM_BYTES} bytes and says how many", status_code=413, media_type="text/plain")
         else:
             response = await proceed(request)
         for header, value in SECURITY_HEADERS.items():
             response.headers.setdefault(header, value)
-        if request.url.path.startswith("/static/"):
+        if request.url.path.startswith("/static/") and response.status_code in (200, 304):
             response.headers["Cache-Control"] = "public, max-age=31536000, immutable"
         else:
             response.headers.setdefault("Cache-Control", "no-store")
         return response
 
     return guard
+
+
+def _is_short(length: str | None) -> bool:
+    """Whether a body's announced length is one that is worth reading. The server lets no body be longer than it says."""
+    return length is not None and length.isascii() and length.isdigit() and len(length) <= 6 and int(length) <= MOST_FORM_BYTES
 
 
 def is_loopback(host: str) -> bool:

@@ -267,7 +267,6 @@ class Live:
             except StoreError as error:
                 self._say_trouble(str(error))
             except Exception:
-                # A page that cannot be rendered must not leave every other page standing still.
                 logger.exception("a round of live updates failed")
             self.rounds += 1
             deadline = began + self._pause(time.thread_time() - spent)
@@ -280,7 +279,14 @@ class Live:
         with self._lock:
             channels = [c for c in self._channels.values() if not only_new or c.version == 0]
         for channel in channels:
-            fragments = channel.render(snapshot)
+            try:
+                fragments = channel.render(snapshot)
+            except StoreError:
+                raise
+            except Exception:
+                # A page that cannot be rendered must not leave every other page standing still.
+                logger.exception("a page could not be kept up to date")
+                continue
             changed = {name: html for name, html in fragments.items() if channel.fragments.get(name) != html}
             if not changed and channel.version and not channel.trouble:
                 continue

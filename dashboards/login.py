@@ -77,9 +77,8 @@ def login(request: Request, password: Field = "", back: Field = "/") -> Response
     if not doorkeeper.open:
         raise HTTPException(403, HOW_TO)
     address = request.client.host if request.client else ""
-    if (wait := doorkeeper.guesses.wait_seconds(address)) > 0:
+    if (wait := doorkeeper.guesses.take(address)) > 0:
         raise HTTPException(429, f"too many wrong passwords; try again in {wait:.0f} s", headers={"Retry-After": f"{wait:.0f}"})
-    doorkeeper.guesses.count(address)
     try:
         right = doorkeeper.check(password)
     except PasswordError as error:
@@ -93,7 +92,7 @@ def login(request: Request, password: Field = "", back: Field = "/") -> Response
     answer = RedirectResponse(own_path(back), status_code=303)
     answer.set_cookie(
         COOKIE,
-        doorkeeper.begin(),
+        doorkeeper.begin(password),
         max_age=doorkeeper.session_seconds,
         httponly=True,
         samesite="strict",

@@ -56,7 +56,7 @@ class Query:
             group=values.get("group", "")[:64],
             name=values.get("name", "")[:64],
             sort=sort if sort in SORTS else "worst",
-            page=int(page) if page.isascii() and page.isdigit() and 0 < int(page[:6]) < 100_000 else 1,
+            page=int(page) if page.isascii() and page.isdigit() and len(page) <= 6 and int(page) > 0 else 1,
         )
 
     def url(self, **changes: object) -> str:

@@ -132,6 +132,7 @@
     if (focused) { const link = row.querySelector("a"); if (link) link.focus(); }
     return row;
   }
+  const focusable = (place) => [...place.querySelectorAll("a, summary")]; // what the keyboard may be on while news comes
   function apply({ at, fragments }) {
     clockAhead = Date.now() / 1000 - at;
     const tbody = document.querySelector("tbody[data-rows]");
@@ -143,11 +144,13 @@
       } else if (!name.startsWith("order:")) {
         const place = document.querySelector(`[data-fragment="${CSS.escape(name)}"]`);
         if (!place || place.contains(document.activeElement) && document.activeElement.matches("input, select")) continue;
+        const held = focusable(place).indexOf(document.activeElement);
         const open = [...place.querySelectorAll(":scope > details")].map((one) => one.open);
         place.innerHTML = html;
         [...place.querySelectorAll(":scope > details")].forEach((one, n) => { if (open[n] && !place.hasAttribute("data-plot")) one.open = true; });
         retime(place);
         if (place.hasAttribute("data-plot")) draw(place);
+        if (held >= 0) { const same = focusable(place)[held]; if (same) same.focus({ preventScroll: true }); }
       }
     }
     const order = tbody && fragments[`order:${tbody.dataset.rows}`];

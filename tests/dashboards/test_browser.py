@@ -150,6 +150,31 @@ def test_a_plot_is_drawn_from_the_table_that_stays_beside_it(browser, place):
         assert table.locator("tbody tr").count() > 30
 
 
+def test_the_keyboard_stays_where_it_is_while_news_comes(browser, place, store):
+    with page_in(browser) as page:
+        page.goto(place + "/devices/kitchen")
+        summary = page.locator("[data-fragment=plan] summary")
+        summary.focus()
+        with store.write() as session:
+            insert_plan(session, replace(PLAN, version=2, labels=("a", "b", "c", "d")))
+        expect(summary).to_have_text("4 labels")
+        expect(summary).to_be_focused()
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_without_javascript_every_page_fits_a_phone(browser, place, store, path):
+    with store.write() as session:
+        if session.get(Identity, "barn") is None:
+            session.add(Identity(device="barn", group="g" * 64, created_at=now(), revoked_reason=""))
+            for name in ("cd" * 16, "ef" * 16, "12" * 16):
+                insert_evaluation(session, "run-1", 100, "backbone", name, 0.5, 0.5, 1, now())
+    with page_in(browser, java_script_enabled=False, viewport=PHONE, is_mobile=True, has_touch=True) as page:
+        page.goto(place + path)
+        expect(page.locator("h1")).to_be_visible()
+        wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        assert wide <= 0, f"{path} is {wide} px too wide"
+
+
 def test_without_javascript_every_page_is_complete(browser, place):
     with page_in(browser, java_script_enabled=False) as page:
         page.goto(place + "/")

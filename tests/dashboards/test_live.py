@@ -167,6 +167,20 @@ def test_a_page_that_stands_still_says_why_and_goes_on_later(settings, store):
         assert next(words for words in said if not words) == ""
 
 
+def test_a_page_that_cannot_be_rendered_holds_up_no_other(settings, store):
+    with serving(settings) as (place, server), viewer(f"{place}/live/device/kitchen") as broken:
+        next(broken)
+
+        def fail(_snapshot):
+            raise ValueError("a template's mistake")
+
+        next(iter(server._live._channels.values())).render = fail
+        with viewer(f"{place}/live/fleet?name=attic") as events:
+            next(events)
+            send(store, "attic", 4)
+            assert "row:attic" in next(events)
+
+
 def test_a_snapshot_is_shared_for_a_round(settings, store):
     live = Live(StoreAccess(settings.database_url), every_seconds=60, heartbeat_seconds=30, now=utc_now)
     assert live.snapshot() is live.snapshot()
