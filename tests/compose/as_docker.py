@@ -80,6 +80,8 @@ def compose(command: str, *arguments: str) -> int:
         return subprocess.run(["podman", "ps", "-a", "--filter", f"name=^{project()}_"], check=False).returncode
     if command == "logs":
         return max(subprocess.run(["podman", "logs", "--tail", "50", f"{project()}_{name}_1"], check=False).returncode for name in plain)
+    if command == "run":  # it would build what the service depends on, itself included
+        return podman_compose("run", "--no-deps", *arguments)
     return podman_compose(command, *arguments)
 
 
