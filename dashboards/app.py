@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -62,6 +63,7 @@ def make_app(settings: CoordinatorSettings, *, now: Callable[[], datetime] = utc
     app.add_api_route("/healthz", healthz, methods=["GET", "HEAD"], include_in_schema=False)
     app.add_exception_handler(StoreError, _store_away)
     app.add_exception_handler(HTTPException, _refused)
+    app.add_exception_handler(RequestValidationError, _senseless)
     app.middleware("http")(guard_for(settings))
     return app
 
@@ -109,6 +111,13 @@ async def _refused(request: Request, error: Exception) -> Response:
         return JSONResponse({"detail": error.detail}, status_code=error.status_code, headers=error.headers)
     body = view_of(request).page(request, "refused.html", title="Not found" if error.status_code == 404 else "Not done", reason=error.detail)
     return HTMLResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+async def _senseless(request: Request, error: Exception) -> Response:
+    """Values that no page of ours asks for: which ones is said, what they were is not sent back."""
+    assert isinstance(error, RequestValidationError)
+    wrong = "; ".join(f"{'.'.join(str(part) for part in one['loc'][1:])}: {one['msg']}" for one in error.errors())
+    return await _refused(request, HTTPException(422, wrong))
 
 
 def _wants_page(request: Request) -> bool:

@@ -52,3 +52,10 @@ def test_the_spool_that_does_not_balance_is_named_in_words(client, store):
     say(store, "attic", 60)
     table = client.get("/devices/attic").text.split('data-fragment="ledger"')[1].split("</table>")[0]
     assert "unbalanced</span></th>" in table
+
+
+def test_an_address_or_form_that_makes_no_sense_gets_a_page_too(client):
+    for answer in (client.get("/rejections/abc/payload"), client.post("/login", data={"password": "x" * 2000})):
+        assert answer.status_code == 422
+        assert "<h1>Not done</h1>" in answer.text
+        assert "x" * 100 not in answer.text  # a password is not sent back
