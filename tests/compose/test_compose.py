@@ -6,6 +6,7 @@ printed, not asserted: the machine may be busy.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -190,6 +191,25 @@ def test_taken_down_and_up_again_nothing_is_lost(fleet):
         assert after[name]["ledger"]["produced"] >= before[name]["ledger"]["produced"]
         assert after[name]["ledger"]["rejected"] == 0
     assert len(fleet.coordinator("checkpoints", "list").splitlines()) >= min(checkpoints, 1)
+
+
+def test_a_revoked_device_is_out_and_a_backup_brings_all_back(fleet):
+    fleet.section("5")
+    backup = fleet.folder / "backups" / "fleet.tar"
+    assert backup.stat().st_mode & 0o077 == 0
+    stored = {name: record["stored_samples"] for name, record in fleet.devices().items() if name in DEVICES}
+    assert "REVOKED" in fleet.section("7")
+    shown = json.loads(fleet.coordinator("devices", "show", "bedroom", "--json"))
+    assert shown["identity"]["revoked_at"]
+
+    # A new machine: no volumes, only the backup.
+    fleet.block("docker compose down -v")
+    assert not set(volumes()) & {"data", "authority"}
+    fleet.block("docker compose run --rm -T init restore /backups/fleet.tar\ndocker compose up -d")
+    fleet.block("docker compose exec -T enrolment coordinator alive enrolment")
+    restored = fleet.devices()
+    assert {name: restored[name]["stored_samples"] for name in DEVICES} == stored
+    fleet.block("docker compose down -v")
 
 
 def test_sizes_and_start_times(fleet):
