@@ -132,12 +132,17 @@ def test_no_key_and_no_claim_lies_outside_its_place(fleet):
             podman("image", "unmount", image(name), check=False)
 
 
+def enrolling(device: str) -> list[str]:
+    """A container that reads a bundle from its input and enrols with it."""
+    script = "umask 077; cat > /tmp/bundle; exec edge-agent enrol --bundle /tmp/bundle --state /tmp/state --timeout 240"
+    options = ["run", "--rm", "-i", "--network", f"{PROJECT}_fleet", "--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--entrypoint", "sh"]
+    return ["podman", *options, "--name", f"{PROJECT}_{device}_1", image("agent"), "-c", script]
+
+
 def test_a_spent_bundle_is_worthless(fleet):
     """Anybody who gets hold of it later gets nothing."""
     bundle = fleet.coordinator("enrol", "attic", "--out", "-")
-    script = "umask 077; cat > /tmp/bundle; exec edge-agent enrol --bundle /tmp/bundle --state /tmp/state --timeout 240"
-    options = ["run", "--rm", "-i", "--network", f"{PROJECT}_fleet", "--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--entrypoint", "sh"]
-    command = ["podman", *options, "--name", f"{PROJECT}_attic_1", image("agent"), "-c", script]
+    command = enrolling("attic")
     first = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert first.stdin is not None
     first.stdin.write(bundle)
@@ -209,6 +214,20 @@ def test_a_revoked_device_is_out_and_a_backup_brings_all_back(fleet):
     fleet.block("docker compose exec -T enrolment coordinator alive enrolment")
     restored = fleet.devices()
     assert {name: restored[name]["stored_samples"] for name in DEVICES} == stored
+    fleet.block("docker compose down -v")
+
+
+def test_postgresql_in_place_of_sqlite(fleet):
+    """A new fleet on the other database: it comes up by itself, and lets a device in."""
+    fleet.block("docker compose down -v")
+    fleet.section("9")
+    for program in ("gateway", "trainer", "enrolment"):
+        fleet.block(f"docker compose exec -T {program} coordinator alive {program}")
+    bundle = fleet.coordinator("enrol", "attic", "--out", "-")
+    done = subprocess.run(enrolling("attic"), input=bundle, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "certificate issued" in fleet.coordinator("audit")
+    assert not list(volumes()["data"].glob("*.db")), "nothing went into SQLite"
     fleet.block("docker compose down -v")
 
 

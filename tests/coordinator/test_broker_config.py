@@ -92,7 +92,13 @@ class Script:
         environment["PATH"] = f"{folder / 'bin'}:{environment['PATH']}"
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
-                ["sh", START_BROKER], env=environment, stdout=output, stderr=output, start_new_session=True
+                ["sh", START_BROKER],
+                env=environment,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                # Where pytest runs in the background, Ctrl-C is ignored, and so it would be in every child.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - this test has no threads
             )
 
     def said(self, text):
