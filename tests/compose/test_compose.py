@@ -199,10 +199,11 @@ def test_taken_down_and_up_again_nothing_is_lost(fleet):
 
 
 def test_a_revoked_device_is_out_and_a_backup_brings_all_back(fleet):
-    fleet.section("5")
+    before = {name: record["stored_samples"] for name, record in fleet.devices().items()}
+    fleet.section("5")  # while the devices go on sending
     backup = fleet.folder / "backups" / "fleet.tar"
     assert backup.stat().st_mode & 0o077 == 0
-    stored = {name: record["stored_samples"] for name, record in fleet.devices().items() if name in DEVICES}
+    after = {name: record["stored_samples"] for name, record in fleet.devices().items()}
     assert "REVOKED" in fleet.section("7")
     shown = json.loads(fleet.coordinator("devices", "show", "bedroom", "--json"))
     assert shown["identity"]["revoked_at"]
@@ -213,7 +214,8 @@ def test_a_revoked_device_is_out_and_a_backup_brings_all_back(fleet):
     fleet.block("docker compose run --rm -T init restore /backups/fleet.tar\ndocker compose up -d")
     fleet.block("docker compose exec -T enrolment coordinator alive enrolment")
     restored = fleet.devices()
-    assert {name: restored[name]["stored_samples"] for name in DEVICES} == stored
+    for name in DEVICES:
+        assert before[name] <= restored[name]["stored_samples"] <= after[name], name
     fleet.block("docker compose down -v")
 
 
