@@ -129,9 +129,14 @@ def test_one_line_tells_why_frames_are_rejected(start, device, caplog):
     _, store = start(registered=False)
     one = device("d", {s: make_payload("d", s) for s in range(1, 11)})
     wait_until(lambda: one.done, 20, "every frame is receipted")
-    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert [words for words in told if "no backbone is registered" in words and "coordinator backbone register" in words]
-    assert len([words for words in told if words.startswith("rejected a message of d (kept;")]) == 1
+
+    def told() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    wait_until(  # by the main thread, which the frames do not wait for
+        lambda: [words for words in told() if "no backbone is registered" in words and "coordinator backbone register" in words], 20, "it says what is missing"
+    )
+    assert len([words for words in told() if words.startswith("rejected a message of d (kept;")]) == 1
     lines = device_lines(store)
     assert "10 rejected" in lines[0]
     assert "coordinator rejections list --device d" in lines[1]
