@@ -25,6 +25,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
+from coordinator.files import sync_folder
 from coordinator.settings import CoordinatorSettings
 from coordinator.store.engine import SCHEMA_REVISION, open_store, parse_url
 
@@ -108,11 +109,7 @@ def create_backup(
             out.flush()
             os.fsync(out.fileno())
         whole.replace(destination)
-    folder = os.open(destination.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(destination.parent)
     return manifest
 
 

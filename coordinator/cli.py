@@ -297,7 +297,7 @@ def checkpoints_list(config: Config = None) -> None:
 @checkpoints_app.command("republish")
 def checkpoints_republish(generation: int, config: Config = None) -> None:
     """Offer an earlier checkpoint again, as a new generation: a roll-back."""
-    from coordinator.gateway import utc_now
+    from coordinator.store.timestamps import utc_now
     from coordinator.store.training import republish_checkpoint
 
     with opened_store(config) as (_, store), store.write() as session:

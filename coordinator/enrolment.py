@@ -40,7 +40,7 @@ from coordinator.cut_off import CutOffs
 from coordinator.enrolment_limits import Gate, Refusals, Waiting
 from coordinator.enrolment_rules import Decision, RequestFacts, decide_claim, decide_renewal
 from coordinator.files import held
-from coordinator.gateway import FIRST_RETRY_SECONDS, HUNG_SECONDS, utc_now
+from coordinator.gateway import FIRST_RETRY_SECONDS, HUNG_SECONDS
 from coordinator.heartbeat import Heartbeat
 from coordinator.identities import (
     CLAIMS_AUTHORITY,
@@ -61,6 +61,7 @@ from coordinator.store.enrolment import (
     revoked_devices,
     unknown_serials,
 )
+from coordinator.store.timestamps import utc_now
 from side_tuning.broker_connection import BrokerConnection, Connected, Message
 from side_tuning.repeats import Repeats
 from side_tuning.wire import topics

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime
 from typing import Any, TypeVar
 
 from sqlalchemy.orm import Session
@@ -38,6 +38,7 @@ from coordinator.store.identities import mark_certificate_seen
 from coordinator.store.ingest import FrameOutcome, ReceivedFrame, insert_frames
 from coordinator.store.registry import backbones, plans
 from coordinator.store.rejections import insert_rejection
+from coordinator.store.timestamps import utc_now
 from side_tuning.broker_connection import BrokerConnection, Connected, Message
 from side_tuning.repeats import Repeats
 from side_tuning.wire import topics
@@ -74,10 +75,6 @@ class _Report:
     retained: bool
     health: Health | None
     reason: str = ""
-
-
-def utc_now() -> datetime:
-    return datetime.now(timezone.utc)
 
 
 class Writer:

@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,13 @@ from typing_extensions import Self
 
 from coordinator.store.engine import Store
 from coordinator.store.programs import record_program
+from coordinator.store.timestamps import utc_now
 from side_tuning.alive import touch_alive
 
 logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 5.0
 _JOIN_SECONDS = 2.0
-
-
-def _utc_now() -> datetime:
-    return datetime.now(timezone.utc)
 
 
 class Heartbeat:
@@ -47,7 +44,7 @@ class Heartbeat:
         alive_file: Path,
         figures: Callable[[], dict[str, Any]],
         looping: Callable[[], bool] = lambda: True,
-        now: Callable[[], datetime] = _utc_now,
+        now: Callable[[], datetime] = utc_now,
         every_seconds: float = BEAT_SECONDS,
     ) -> None:
         self._name = name

@@ -23,10 +23,11 @@ from starlette.exceptions import HTTPException
 
 from coordinator.settings import CoordinatorSettings
 from coordinator.store.errors import StoreError
+from coordinator.store.timestamps import utc_now
 from dashboards import actions, device_page, fleet_page, lists_page, login, training_page
 from dashboards.doorkeeper import Doorkeeper
 from dashboards.guard import guard_for
-from dashboards.live import Live, StoreAccess, utc_now
+from dashboards.live import Live, StoreAccess
 from dashboards.metrics import FleetCollector, metrics_router
 from dashboards.shown import FILTERS
 from dashboards.view import View, view_of

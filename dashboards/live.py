@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 
 from sqlalchemy.orm import Session
@@ -22,6 +22,7 @@ from sqlalchemy.orm import Session
 from coordinator.store.engine import Store, open_store, parse_url
 from coordinator.store.errors import StoreError
 from coordinator.store.fleet import DeviceOverview, FleetMemory, device_overview
+from coordinator.store.timestamps import utc_now
 from dashboards.snapshot import FleetSnapshot, take_snapshot
 from side_tuning.repeats import Repeats
 
@@ -105,10 +106,6 @@ class StoreAccess:
             if self._store is not None:
                 self._store.close()
                 self._store = None
-
-
-def utc_now() -> datetime:
-    return datetime.now(timezone.utc)
 
 
 class Live:

@@ -14,6 +14,11 @@ _LEAST_SECONDS = 0.0
 _MOST_SECONDS = 9_999_999_999.0
 
 
+def utc_now() -> datetime:
+    """The wall clock; programs take it as an argument, so that tests can set it."""
+    return datetime.now(timezone.utc)
+
+
 def from_seconds(seconds: float) -> datetime:
     """Seconds since 1970 (as on the wire) as a datetime; values that no clock shows are clamped."""
     return datetime.fromtimestamp(min(max(seconds, _LEAST_SECONDS), _MOST_SECONDS), timezone.utc)

@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from coordinator.files import sync_folder
 from coordinator.training.learner import Learner
 from side_tuning.network.anchor_map import AnchorMap
 from side_tuning.network.files import save_alignment, save_ladder
@@ -88,12 +89,12 @@ def save_checkpoint(
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        _sync_folder(beside)
+        sync_folder(beside)
         beside.rename(final)
     except OSError:
         shutil.rmtree(beside, ignore_errors=True)  # a full disk needs the room
         raise
-    _sync_folder(folder)
+    sync_folder(folder)
     return final
 
 
@@ -197,11 +198,3 @@ def _networks(learner: Learner) -> dict[str, torch.nn.Module]:
         if not isinstance(alignment, AnchorMap):  # an anchor map is its own average
             networks[f"average_alignment/{number}"] = learner.average_alignments[fingerprint]
     return networks
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import datetime
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from coordinator.settings import CoordinatorSettings
 from coordinator.store.engine import Store, open_store
 from coordinator.store.errors import StoreUnavailable
 from coordinator.store.registry import newest_plan
+from coordinator.store.timestamps import utc_now
 from coordinator.store.training import insert_checkpoint, insert_evaluation, latest_checkpoint
 from coordinator.training.anchors import AnchorError, Anchors, open_anchors
 from coordinator.training.checkpoints import Progress, metrics_of, prune_checkpoints, resume, save_checkpoint
@@ -41,10 +42,6 @@ log = logging.getLogger(__name__)
 
 Now = Callable[[], datetime]
 RECENT_BATCHES = 50
-
-
-def utc_now() -> datetime:
-    return datetime.now(timezone.utc)
 
 
 @dataclass

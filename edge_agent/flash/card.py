@@ -119,7 +119,7 @@ def write_card(
 
 def _positions(stream: ImageStream) -> Iterator[tuple[int, bytes]]:
     position = 0
-    for chunk in stream.chunks(CHUNK_BYTES):
+    for chunk in stream.chunks():
         yield position, chunk
         position += len(chunk)
 

@@ -35,6 +35,7 @@ class FleetRow:
 
     device: str
     bundle: Path
+    claim: str
     values: dict[str, str]
 
 
@@ -72,11 +73,13 @@ def read_fleet(path: Path, bundles: Path) -> list[FleetRow]:
         given = {name: value.strip() for name, value in values.items() if name in COLUMNS and value and value.strip()}
         bundle = path.parent / given["bundle"] if "bundle" in given else bundles / f"{device}.bundle.json"
         try:
-            if (owner := read_bundle(bundle).device) != device:
-                wrong.append(f"line {number}: bundle {bundle} is for {owner}, not for {device}")
+            read = read_bundle(bundle)
         except BundleError as error:
             wrong.append(f"line {number}: {error}")
-        rows.append(FleetRow(device, bundle, given))
+            continue
+        if read.device != device:
+            wrong.append(f"line {number}: bundle {bundle} is for {read.device}, not for {device}")
+        rows.append(FleetRow(device, bundle, read.claim, given))
     if wrong or not rows:
         raise FlashError("\n  ".join([f"fleet file {path} cannot be used:", *(wrong or ["it names no device"])]))
     return rows
@@ -140,8 +143,7 @@ def flash_fleet(
     rows = read_fleet(fleet, bundles)
     ledger = Ledger(fleet.with_name(f"{fleet.name}.ledger.jsonl"))
     made = 0
-    claims = {row.device: read_bundle(row.bundle).claim for row in rows}
-    waiting = [row for row in rows if not ledger.made(row.device, claims[row.device])]
+    waiting = [row for row in rows if not ledger.made(row.device, row.claim)]
     if skipped := len(rows) - len(waiting):
         console.print(f"{skipped} of {len(rows)} cards are made already ({ledger.path})")
     per_device = "{device}" in str(common.target)
@@ -150,14 +152,14 @@ def flash_fleet(
         console.print(f"card {number} of {len(waiting)}: [bold]{row.device}[/]")
         if number > 1 and not per_device:
             wait_for_card(row.device, target, console)
-        ledger.note("begun", row.device, claim=claims[row.device], target=str(target))
+        ledger.note("begun", row.device, claim=row.claim, target=str(target))
         try:
             written = flash(_options(common, row, target, fleet.parent), console)
         except FlashError as error:
-            ledger.note("failed", row.device, claim=claims[row.device], reason=str(error))
+            ledger.note("failed", row.device, claim=row.claim, reason=str(error))
             raise FlashError(f"{row.device}: {error}\n{made} cards were made; run the same command again to go on with this one") from error
-        ledger.note("made", row.device, claim=claims[row.device], target=str(target), image_sha256=written.image_sha256)
-        write_label(labels, row.device, claims[row.device], row.values.get("hostname", row.device))
+        ledger.note("made", row.device, claim=row.claim, target=str(target), image_sha256=written.image_sha256)
+        write_label(labels, row.device, row.claim, row.values.get("hostname", row.device))
         made += 1
     return made
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from edge_agent.flash.errors import FlashError
+from edge_agent.flash.volume import CHUNK_BYTES
 
-CHUNK_BYTES = 4 * 1024 * 1024
 MAX_XZ_MEMORY = 512 * 1024 * 1024
 SUFFIXES = (".img", ".img.xz", ".img.gz", ".img.zst")
 
@@ -43,14 +43,14 @@ class ImageStream:
         """Of what was read so far."""
         return self._sha256.hexdigest()
 
-    def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
-        """Full chunks, the last one may be shorter.
+    def chunks(self) -> Iterator[bytes]:
+        """Chunks of CHUNK_BYTES, the last one may be shorter.
 
         Raises:
             FlashError: the file is cut short or damaged.
 
         """
-        while content := self._read(chunk_bytes):
+        while content := self._read(CHUNK_BYTES):
             self.size += len(content)
             self._sha256.update(content)
             yield content

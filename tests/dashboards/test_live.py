@@ -16,8 +16,9 @@ import httpx
 import pytest
 
 from coordinator.settings import CoordinatorSettings
+from coordinator.store.timestamps import utc_now
 from dashboards import live as live_module
-from dashboards.live import Live, StoreAccess, utc_now
+from dashboards.live import Live, StoreAccess
 from tests.coordinator.fleet import make_store, settings_file
 from tests.dashboards.fleets import dashboard_settings, send, serving
 from tests.waiting import wait_until
