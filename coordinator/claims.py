@@ -34,6 +34,8 @@ from coordinator.store.identities import (
     readmit_device,
     withdraw_claim,
 )
+from coordinator.store.views import device_access
+from coordinator.timeline import late_first_steps
 from side_tuning.bundle import Bundle
 from side_tuning.wire.topics import CLAIM_PREFIX
 
@@ -149,6 +151,7 @@ def access_lines(session: Session, now: datetime) -> list[str]:
     for claim in claims_of(session):
         newest.setdefault(claim.device, claim)
     heard = heard_devices(session)
+    access = device_access(session)
     lines = []
     for row in identities(session):
         claim_state = newest[row.device].state(now) if row.device in newest else "expired"
@@ -163,4 +166,6 @@ def access_lines(session: Session, now: datetime) -> list[str]:
             lines.append(f"{row.device}  not enrolled, and its claim is {claim_state}: `coordinator enrol {row.device}` makes a new one")
         elif row.device not in heard:
             lines.append(f"{row.device}  enrolled {row.enrolled_at:%Y-%m-%d %H:%M:%S}, not heard of yet")
+        if row.device not in heard:
+            lines += [f"{'':<{len(row.device)}}  ! {late.words}" for late in late_first_steps(access[row.device], None, now)]
     return lines

@@ -8,6 +8,7 @@ from typing import Any
 
 from coordinator.store.engine import Store
 from coordinator.store.fleet import DeviceOverview, device_overview
+from coordinator.timeline import Timeline, TimelineStep, late_first_steps
 
 CLOCK_OFF_SECONDS = 300.0  # more than a slow link explains; certificates and schedules begin to suffer
 
@@ -22,7 +23,24 @@ def device_lines(store: Store, only: str | None = None) -> list[str]:
     if not devices:
         return ["no device has been heard of yet"]
     width = max(len(one.device) for one in devices)
-    return [line for one in devices for line in (_line(one, width), *(f"{'':<{width}}  ! {words}" for words in _troubles(one)))]
+    return [line for one in devices for line in (_line(one, width), *(f"{'':<{width}}  ! {words}" for words in _troubles(one, now)))]
+
+
+def timeline_lines(way: Timeline) -> list[str]:
+    """A device's beginning, a step a line, with the time since the step before."""
+    width = max((len(step.words) for step in way.steps), default=0)
+    return [f"  {step.words:<{width}}  {_step_words(step)}" for step in way.steps]
+
+
+def _step_words(step: TimelineStep) -> str:
+    if step.overdue is not None:
+        return f"OVERDUE: {step.overdue.words}"
+    if not step.done:
+        return "not yet"
+    if step.at is None:
+        return "yes, time not known"
+    since = "" if step.after_seconds is None else f"  {step.after_seconds:+,.0f} s"
+    return f"{step.at:%Y-%m-%d %H:%M:%S}{since}"
 
 
 def device_records(store: Store) -> list[dict[str, Any]]:
@@ -48,7 +66,7 @@ def _line(one: DeviceOverview, width: int) -> str:
     )
 
 
-def _troubles(one: DeviceOverview) -> list[str]:
+def _troubles(one: DeviceOverview, now: datetime) -> list[str]:
     """What needs a person, with where to look: the device's own words, and what was refused there or rejected here."""
     found = []
     if one.rejected_frames:
@@ -57,6 +75,7 @@ def _troubles(one: DeviceOverview) -> list[str]:
     if one.clock_offset_seconds is not None and abs(one.clock_offset_seconds) > CLOCK_OFF_SECONDS:
         away = timedelta(seconds=round(abs(one.clock_offset_seconds)))
         found.append(f"its clock is {away} {'behind' if one.clock_offset_seconds < 0 else 'ahead'}: let it reach a time server")
+    found += [late.words for late in late_first_steps(None, one, now)]
     if health is None:
         return found
     if not one.ledger.balanced and health.spool is not None and health.spool.receipted > one.stored_samples + one.duplicate_samples + one.ledger.rejected:

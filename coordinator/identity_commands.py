@@ -134,10 +134,13 @@ def devices_list(context: typer.Context, config: Config = None, as_json: AsJson 
 
 @devices_app.command("show")
 def devices_show(context: typer.Context, device: Device, config: Config = None, as_json: AsJson = False) -> None:
-    """A device's identity, claims and certificates, and the newest of its audit trail."""
-    from coordinator.device_table import device_lines
+    """A device's first steps, identity, claims and certificates, and the newest of its audit trail."""
+    from coordinator.device_table import device_lines, timeline_lines
     from coordinator.store.audit import audit_entries
+    from coordinator.store.first_steps import beginning_of
+    from coordinator.store.fleet import device_overview
     from coordinator.store.identities import IdentityError, certificates_of, claims_of, find_identity
+    from coordinator.timeline import timeline, why_nothing_stored
 
     _device_name(device)
     now = _now()
@@ -146,12 +149,15 @@ def devices_show(context: typer.Context, device: Device, config: Config = None, 
             identity = find_identity(session, device)
             claims, certificates = claims_of(session, device), certificates_of(session, device)
             entries = audit_entries(session, device, _AUDIT_SHOWN)
+            overview = device_overview(session, now, device=device)
+            way = timeline(beginning_of(session, device, now), now, *(why_nothing_stored(one) for one in overview))
         heard = device_lines(store, device)
     known = bool(heard) and heard[0].startswith(f"{device} ")
     if identity is None and not known:
         raise IdentityError(f"no device {device!r}; `coordinator devices` lists them, `coordinator enrol {device}` admits it")
     if as_json:
         record = {
+            "first_steps": [{"step": step.step, "done": step.done, "at": step.at, "overdue": step.overdue and step.overdue.words} for step in way.steps],
             "identity": None if identity is None else vars(identity),
             "claims": [{**_public(row), "state": row.state(now)} for row in claims],
             "certificates": [_public(row) for row in certificates],
@@ -160,6 +166,7 @@ def devices_show(context: typer.Context, device: Device, config: Config = None, 
         print(json.dumps(record, indent=2, default=_plain))
         return
     print("\n".join(heard) if known else f"{device}  not heard of yet")
+    print("\n".join(["first steps:", *timeline_lines(way)]))
     if identity is None:
         print("identity: none; it was never given a claim here")
     else:

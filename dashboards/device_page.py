@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from coordinator.planning import describe
 from coordinator.store.audit import AuditRow, audit_entries
 from coordinator.store.engine import Store
+from coordinator.store.first_steps import beginning_of
 from coordinator.store.fleet import DeviceOverview
 from coordinator.store.identities import CertificateRow, certificates_of
 from coordinator.store.registry import backbones
@@ -23,15 +24,14 @@ from coordinator.store.views import (
     Measured,
     Minute,
     Order,
-    Timeline,
     accuracy_series,
     arrival_minutes,
     assigned_plan,
     device_access,
     orders,
-    timeline,
     usual_interval,
 )
+from coordinator.timeline import Timeline, timeline, why_nothing_stored
 from dashboards.rows import troubles_of
 from dashboards.snapshot import FleetSnapshot
 from dashboards.view import View, view_of
@@ -116,7 +116,7 @@ def read_detail(store: Store, device: str, snapshot: FleetSnapshot, one: DeviceO
         return DeviceDetail(
             minutes=_every_minute(arrived, first, snapshot.at, None if one is None else one.first_seen_at),
             expected_per_minute=_expected(one, interval),
-            timeline=timeline(session, device),
+            timeline=timeline(beginning_of(session, device, snapshot.at), snapshot.at, "" if one is None else why_nothing_stored(one)),
             plan=None if plan is None else plan[0],
             plan_words="" if plan is None else describe(plan[0]),
             plan_is_own=plan is not None and plan[1],

@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from coordinator.timeline import late_first_steps
 from dashboards.rows import FleetPage, Query, page_of, rows_of
 from dashboards.shown import short
 from dashboards.snapshot import STATES, FleetSnapshot
@@ -31,6 +32,7 @@ def fleet_values(snapshot: FleetSnapshot, query: Query) -> dict[str, Any]:
     """What the fleet's templates show."""
     rows = rows_of(snapshot)
     heard = {one.device for one in snapshot.devices}
+    absent = [(access, late_first_steps(access, None, snapshot.at)) for access in snapshot.access.values() if access.device not in heard]
     return {
         "snapshot": snapshot,
         "states": snapshot.states(),
@@ -41,7 +43,8 @@ def fleet_values(snapshot: FleetSnapshot, query: Query) -> dict[str, Any]:
         "groups": sorted({access.group for access in snapshot.access.values() if access.group}),
         "backbones": sorted({one.backbone for one in snapshot.devices if one.backbone}),
         "known_states": STATES,
-        "absent": [access for access in snapshot.access.values() if access.device not in heard],
+        "absent": [access for access, late in absent if not late],
+        "never_came": [(access, late[0]) for access, late in absent if late],
         "waiting": [access for access in snapshot.access.values() if access.waits_since is not None],
         "marks": {checkpoint.step: checkpoint.generation for checkpoint in snapshot.checkpoints if checkpoint.run == snapshot.run},
         "short": short,

@@ -25,6 +25,7 @@ from coordinator.settings import CoordinatorSettings
 from coordinator.store.engine import Store
 from coordinator.store.errors import StoreError
 from coordinator.store.fleet import DeviceOverview
+from coordinator.timeline import late_first_steps
 from dashboards.measures import Measures, take_measures
 from dashboards.snapshot import STATES, FleetSnapshot
 
@@ -182,6 +183,7 @@ def _fleet(snapshot: FleetSnapshot, measures: Measures, states: Mapping[str, str
     access = snapshot.access.values()
     yield _gauge("devices_enrolled", "Devices that have had a certificate and are not revoked.", sum(a.enrolled_at is not None and a.revoked_at is None for a in access))
     yield _gauge("devices_waiting_for_approval", "Devices whose first certificate request waits for a person.", sum(a.waits_since is not None for a in access))
+    yield _labelled("devices_first_step_overdue", "Devices of which a step of their beginning, from claim to first stored sample, did not come in time.", "step", _late(snapshot))
     yield _counter("frames_stored", "Frames stored.", totals.frames_stored)
     yield _counter("samples_stored", "Samples stored.", totals.samples_stored)
     yield _counter("payload_stored_bytes", "Payload of the stored frames.", totals.bytes_stored)
@@ -194,6 +196,14 @@ def _fleet(snapshot: FleetSnapshot, measures: Measures, states: Mapping[str, str
     yield _gauge("samples_missing", "Samples produced and neither stored, rejected nor dropped: spooled, on their way, or lost.", ledger.missing)
     yield _gauge("samples_abandoned", "Samples that went with spools that no device has any more.", ledger.abandoned)
     yield _gauge("backbones", "Registered backbones.", measures.backbones)
+
+
+def _late(snapshot: FleetSnapshot) -> dict[str, float | None]:
+    heard = {device.device: device for device in snapshot.devices}
+    late = Counter(
+        one.step for name in heard.keys() | snapshot.access.keys() for one in late_first_steps(snapshot.access.get(name), heard.get(name), snapshot.at)
+    )
+    return {step: late[step] for step in ("approved", "enrolled", "seen", "stored")}
 
 
 def _learning(snapshot: FleetSnapshot, measures: Measures) -> Iterator[Metric]:

@@ -10,6 +10,7 @@ from urllib.parse import urlencode
 
 from coordinator.store.fleet import DeviceOverview
 from coordinator.store.views import DeviceAccess
+from coordinator.timeline import late_first_steps
 from dashboards.shown import span
 from dashboards.snapshot import STATES, FleetSnapshot
 
@@ -96,6 +97,7 @@ def troubles_of(one: DeviceOverview, access: DeviceAccess | None, now: datetime)
         found.append(f"its clock is {span(one.clock_offset_seconds)} {side}: let it reach a time server")
     if one.rejected_frames:
         found.append(f"{one.rejected_frames} frame{'' if one.rejected_frames == 1 else 's'} rejected")
+    found += [late.words for late in late_first_steps(access, one, now)]
     if health is None:
         return tuple(found)
     if health.plan_error:

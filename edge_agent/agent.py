@@ -24,6 +24,7 @@ from edge_agent import exit_codes
 from edge_agent.backbone import Backbone
 from edge_agent.checkpoint_store import CheckpointStore
 from edge_agent.checkpoints import CheckpointReceiver
+from edge_agent.first_steps import FirstSteps
 from edge_agent.forward import tap_samples
 from edge_agent.health import read_readings
 from edge_agent.identity import certificate_in
@@ -42,7 +43,7 @@ from side_tuning.broker_connection import BrokerConnection, Connected, Message
 from side_tuning.signatures import load_public_key
 from side_tuning.wire import topics
 from side_tuning.wire.bounded import FrameError
-from side_tuning.wire.messages import Command, Health, Presence, TapPlan
+from side_tuning.wire.messages import Command, DeviceStep, Health, Presence, TapPlan
 
 logger = logging.getLogger(__name__)
 
@@ -65,13 +66,16 @@ def run(settings: AgentSettings, stop: threading.Event) -> int:
     with ExitStack() as cleanup:
         key_file = settings.checkpoint.public_key_file
         public_key = load_public_key(key_file) if key_file else None
+        first_steps = FirstSteps(settings.state_directory)  # before the spool, whose file tells that a device is in use
+        first_steps.settle(clock_right=False)
         backbone = Backbone.load(settings.backbone.folder, threads=settings.backbone.threads)
+        first_steps.note("backbone")
         spool = Spool.open(settings.spool_path, max_bytes=settings.spool.max_bytes, policy=settings.spool.policy, clock=time.time)
         cleanup.callback(spool.close)
         sources = open_sources(settings.sources, spool.seen, state_directory=settings.state_directory)
         for source in sources:
             cleanup.callback(source.close)
-        return Agent(settings, backbone, spool, sources, public_key).run(stop)
+        return Agent(settings, backbone, spool, sources, public_key, first_steps=first_steps).run(stop)
 
 
 class Agent:
@@ -85,6 +89,7 @@ class Agent:
         sources: list[SampleSource],
         public_key: Ed25519PublicKey | None,
         *,
+        first_steps: FirstSteps,
         now: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -92,6 +97,7 @@ class Agent:
         self.spool = spool
         self._backbone = backbone
         self._sources = sources
+        self._first_steps = first_steps
         self._now = now
         self._monotonic = monotonic
         device = settings.device
@@ -198,12 +204,20 @@ class Agent:
             if not self.connection.thread_alive:
                 self._failure, self._failed_thread = RuntimeError("the network loop ended by itself"), "broker connection"
                 return
+            self._note_first_steps()
             if self.alive():
                 notify("WATCHDOG=1")
                 if self._monotonic() >= touch_at:
                     touch_at = self._monotonic() + TOUCH_SECONDS
                     with suppress(OSError):  # a full disk is no reason to end
                         touch_alive(self.settings.alive_file)
+
+    def _note_first_steps(self) -> None:
+        clock_right = self.connection.connected and not self.clock.is_behind
+        come: dict[DeviceStep, bool] = {"network": self.connection.connected, "clock": clock_right, "stored": self.publisher.receipted_frames > 0}
+        if self._first_steps.note(*(step for step, yes in come.items() if yes)):
+            self.report_soon()
+        self._first_steps.settle(clock_right=clock_right)
 
     def alive(self) -> bool:
         """Whether every loop went round lately, and the broker answers or is known not to.
@@ -427,6 +441,7 @@ class Agent:
             bytes_sent=self.spool.bytes_sent,
             certificate_serial=self._certificate[0],
             certificate_expires_at=self._certificate[1],
+            first_steps=self._first_steps.news(self._session),
         )
 
     @property

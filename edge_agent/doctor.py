@@ -21,11 +21,13 @@ from pathlib import Path
 from edge_agent import health
 from edge_agent.doctor_identity import agent_runs, check_identity, tls_trouble
 from edge_agent.findings import Finding
+from edge_agent.first_steps import FirstSteps
 from edge_agent.settings import AgentSettings, MqttSourceSettings
 from edge_agent.spool_file import SpoolError, connect, find_damage
 from edge_agent.trusted_clock import TrustedClock
 from side_tuning.broker_connection import BrokerConnection, Message
 from side_tuning.broker_settings import BrokerFilesError
+from side_tuning.first_steps import ORDER, WORDS, Step, overdue
 from side_tuning.wire import topics
 from side_tuning.wire.bounded import FrameError
 from side_tuning.wire.messages import TapPlan
@@ -58,6 +60,7 @@ def examine(settings: AgentSettings, now: Callable[[], float] = time.time) -> li
         ("backbone", check_backbone),
         ("identity", lambda settings: check_identity(settings, clock)),
         ("broker", lambda settings: check_broker(settings, clock)),
+        ("first boot", lambda settings: check_first_steps(settings, now())),
     )
     findings: list[Finding] = []
     for name, check in checks:
@@ -295,6 +298,22 @@ def check_broker(settings: AgentSettings, clock: TrustedClock) -> Iterator[Findi
         yield Finding("plan", "ok", f"the coordinator's tap plan is there, version {max(plans)}")
     else:
         yield Finding("plan", "warning", "the broker holds no tap plan, so nothing is captured yet", "start the coordinator (`coordinator run`); it publishes the plan")
+
+
+def check_first_steps(settings: AgentSettings, now: float) -> Iterator[Finding]:
+    """How far the first boot came, and what of it did not come in time; nothing on a device that was in use before."""
+    reported = FirstSteps(settings.state_directory, now=lambda: now).times()
+    if not reported:
+        return
+    times: dict[Step, float | None] = {step: at for step, at in reported.items()}  # noqa: C416 - the keys' type is a wider one
+    expected: set[Step] = {"network", "clock", "backbone", "stored"}
+    if settings.uses_identity:
+        expected.add("enrolled")
+    late = overdue(times, expected, now, settings.device)
+    for one in late:
+        yield Finding("first boot", "warning", one.what, one.hint)
+    if not late:
+        yield Finding("first boot", "ok", ", ".join(WORDS[step] for step in ORDER if step in times))
 
 
 def _connect(connection: BrokerConnection) -> BrokerConnection:

@@ -24,6 +24,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from edge_agent import exit_codes
+from edge_agent.first_steps import FirstSteps
 from edge_agent.identity import (
     IdentityStore,
     certificate_request,
@@ -54,6 +55,7 @@ ANSWER_SECONDS = 300.0
 USABLE_SECONDS = 60.0  # for a new bundle where there is an identity to go on with
 RETRY_MIN_SECONDS = 10.0
 RETRY_MAX_SECONDS = 600.0
+NOT_REACHED = ("", "unreachable", "files")  # other failures are the broker's answer
 
 
 class EnrolmentFailed(Exception):  # noqa: N818 - reads as what happened
@@ -110,10 +112,14 @@ def enrol(
             return f"already enrolled as {bundle.device!r}{_wiped(bundle_file)}"
 
         key = store.next_key(bundle.claim)
-        answer = _ask(bundle, key, clock, timeout_seconds=timeout_seconds, say=say, stop=stop or threading.Event(), tick=tick)
+        steps = FirstSteps(state_directory)
+        answer = _ask(bundle, key, clock, steps, timeout_seconds=timeout_seconds, say=say, stop=stop or threading.Event(), tick=tick)
         identity = store.install(
             IdentityFacts.of(bundle), answer.certificate, answer.authorities or bundle.authorities.encode(), bundle.checkpoint_public_key,
         )
+        clock_right = not clock.is_behind  # of the time that the coordinator told
+        steps.note("enrolled", *(("clock",) if clock_right else ()))
+        steps.settle(clock_right=clock_right)
         ends = identity.certificate.not_valid_after_utc
         return f"enrolled as {bundle.device!r}; the certificate is good until {ends:%Y-%m-%d} and renews itself{_wiped(bundle_file)}"
 
@@ -186,6 +192,7 @@ def _ask(
     bundle: Bundle,
     key: ec.EllipticCurvePrivateKey,
     clock: TrustedClock,
+    steps: FirstSteps,
     *,
     timeout_seconds: float | None,
     say: Callable[[str], None],
@@ -214,6 +221,8 @@ def _ask(
                 if stop.is_set():
                     raise Stopped
                 tick()
+                if (connection.connected or connection.failure_kind not in NOT_REACHED) and steps.note("network"):
+                    steps.settle(clock_right=False)
                 now = time.monotonic()
                 if connection.connected and now >= ask_at:
                     asked = connection.publish(topics.certificate_request(bundle.claim), CertificateRequest(request, max(0.0, time.time())).to_bytes())

@@ -19,8 +19,8 @@ ALLOWED = {
     "side_tuning": (),
     "edge_agent": ("side_tuning",),
     "coordinator": ("side_tuning",),
-    # One file configures all server programs; states are pure arithmetic; an operator's new tap plan is made as the CLI makes it.
-    "dashboards": ("coordinator.store", "coordinator.settings", "coordinator.arrivals", "coordinator.planning", "side_tuning"),
+    # One file configures all server programs; states and timelines are pure arithmetic; an operator's new tap plan is made as the CLI makes it.
+    "dashboards": ("coordinator.store", "coordinator.settings", "coordinator.arrivals", "coordinator.planning", "coordinator.timeline", "side_tuning"),
 }
 # The wire is pure: bytes in, objects out.
 WIRE_MAY_IMPORT = {"numpy", "msgpack", "lz4", "side_tuning"}

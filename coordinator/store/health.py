@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 
 from coordinator import arrivals
 from coordinator.store.accounts import open_devices, raise_floor
+from coordinator.store.first_steps import record_first_steps
 from coordinator.store.models import Device, Spool
 from coordinator.store.parts import close_incomplete
 from coordinator.store.timestamps import from_seconds, to_seconds
@@ -45,6 +46,8 @@ def record_health(session: Session, device: str, health: Health, received_at: da
     if health.spool is not None:
         _record_spool(session, row, health.spool, sent_at, received_at)
     session.flush()
+    if health.first_steps is not None:
+        record_first_steps(session, row, health.first_steps, received_at)
 
 
 def _record_will(row: Device, health: Health, received_at: datetime) -> None:

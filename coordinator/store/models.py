@@ -27,6 +27,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 from coordinator.store.timestamps import Timestamp
 from side_tuning.wire.frame import Split
+from side_tuning.wire.messages import DeviceStep
 
 # SQLite numbers rows by itself only for the type INTEGER, which there has 64 bits anyway.
 BigId = BigInteger().with_variant(Integer, "sqlite")
@@ -80,6 +81,16 @@ class Device(Base):
     reported_at: Mapped[datetime | None]  # by the device's own clock
     clock_offset_seconds: Mapped[float | None]
     health: Mapped[bytes | None]  # the newest message that the device itself sent, as it came
+
+
+class FirstStep(Base):
+    """A step of a device's first boot, as the device reports it."""
+
+    __tablename__ = "first_steps"
+
+    device_id: Mapped[int] = mapped_column(ForeignKey("devices.id"), primary_key=True, autoincrement=False)
+    step: Mapped[DeviceStep] = mapped_column(String(32), primary_key=True)
+    at: Mapped[datetime | None]  # None: it came, before the device had a clock
 
 
 class Spool(Base):

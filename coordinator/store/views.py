@@ -1,4 +1,4 @@
-"""What the dashboards read beyond the fleet's overview: access, timelines, series for plots, orders.
+"""What the dashboards read beyond the fleet's overview: access, series for plots, orders.
 
 Rules: nothing here writes, every query is bounded, and times are taken as they lie in the store.
 """
@@ -19,11 +19,9 @@ from coordinator.store.models import (
     CommandRow,
     Device,
     Evaluation,
-    FrameRow,
     Identity,
     Rejection,
     Run,
-    Spool,
     TapPlanRow,
 )
 from side_tuning.wire.messages import TapPlan
@@ -42,6 +40,8 @@ class DeviceAccess:
     revoked_reason: str
     waits_since: datetime | None  # a certificate request that waits for approval
     certificate_expires_at: datetime | None  # of the newest certificate that is not revoked
+    claimed_at: datetime | None  # of the newest claim that was neither used nor withdrawn
+    claim_expires_at: datetime | None
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,6 @@ class Minute:
 
 
 @dataclass(frozen=True)
-class Timeline:
-    """A device's way from the claim to its first stored sample; None is what has not happened (or was before claims)."""
-
-    claimed_at: datetime | None
-    enrolled_at: datetime | None
-    first_seen_at: datetime | None
-    first_stored_at: datetime | None
-
-
-@dataclass(frozen=True)
 class Order:
     """A command to a device and whether the gateway has sent it."""
 
@@ -101,12 +91,15 @@ def device_access(session: Session, device: str | None = None) -> dict[str, Devi
     expiry = select(Certificate.device, func.max(Certificate.expires_at)).where(Certificate.revoked_at.is_(None)).group_by(Certificate.device)
     held = (Claim.approved_at.is_(None), Claim.spent_at.is_(None), Claim.withdrawn_at.is_(None))
     requests = select(Claim.device, func.min(Claim.requested_at)).where(Claim.requested_at.is_not(None), *held).group_by(Claim.device)
+    unused = (Claim.spent_at.is_(None), Claim.withdrawn_at.is_(None))
+    claims = select(Claim.device, func.max(Claim.created_at), func.max(Claim.expires_at)).where(*unused).group_by(Claim.device)
     wanted = select(*Identity.__table__.columns).order_by(Identity.device)
     if device is not None:
         expiry, requests = expiry.where(Certificate.device == device), requests.where(Claim.device == device)
-        wanted = wanted.where(Identity.device == device)
+        claims, wanted = claims.where(Claim.device == device), wanted.where(Identity.device == device)
     expires = {name: at for name, at in session.execute(expiry)}  # noqa: C416 - a Row is no pair to mypy
     waiting = {name: at for name, at in session.execute(requests)}  # noqa: C416
+    claimed = {name: (made, until) for name, made, until in session.execute(claims)}
     rows = session.execute(wanted)
     return {
         row.device: DeviceAccess(
@@ -118,6 +111,7 @@ def device_access(session: Session, device: str | None = None) -> dict[str, Devi
             row.revoked_reason,
             waiting.get(row.device),
             expires.get(row.device),
+            *claimed.get(row.device, (None, None)),
         )
         for row in rows
     }
@@ -174,25 +168,6 @@ def arrivals_by_device(session: Session, since: datetime) -> dict[str, int]:
 def usual_interval(session: Session, device: str) -> float | None:
     """Seconds between a device's arrivals, as its pace has settled."""
     return session.scalar(select(Device.interval_seconds).where(Device.name == device))
-
-
-def timeline(session: Session, device: str) -> Timeline:
-    """The device's first times."""
-    claimed = session.scalar(select(func.min(Claim.created_at)).where(Claim.device == device))
-    identity = session.execute(select(Identity.created_at, Identity.enrolled_at).where(Identity.device == device)).first()
-    seen = session.execute(select(Device.id, Device.first_seen_at).where(Device.name == device)).first()
-    stored = None
-    if seen is not None:
-        first_spool = select(Spool.id).where(Spool.device_id == seen.id, Spool.stored_frames > 0).order_by(Spool.id).limit(1)
-        spool = session.scalar(first_spool)
-        if spool is not None:
-            stored = session.scalar(select(FrameRow.received_at).where(FrameRow.spool_id == spool).order_by(FrameRow.sequence).limit(1))
-    return Timeline(
-        claimed_at=claimed or (None if identity is None else identity.created_at),
-        enrolled_at=None if identity is None else identity.enrolled_at,
-        first_seen_at=None if seen is None else seen.first_seen_at,
-        first_stored_at=stored,
-    )
 
 
 def orders(session: Session, device: str, limit: int = 5) -> list[Order]:

@@ -43,6 +43,12 @@ for file in user-data network-config rpi-preseed.toml; do
   note "wiped $file"
 done
 
+# For the agent's report of this first boot (edge_agent/first_steps.py). As seconds into it: the date may still be of 1970.
+if [ -f "$here/flashed.json" ] && ! cmp -s "$here/flashed.json" "$state/flashed.json"; then
+  cp "$here/flashed.json" "$state/flashed.json"
+fi
+[ -s "$state/first-boot" ] || echo "$(cat /proc/sys/kernel/random/boot_id) $(cut -d ' ' -f 1 /proc/uptime)" > "$state/first-boot"
+
 if command -v systemctl >/dev/null && systemctl cat mobillm-edge-agent.service >/dev/null 2>&1; then
   systemctl enable --now mobillm-edge-agent.service >/dev/null 2>&1 && note "agent started" || note "agent could not be started"
 else

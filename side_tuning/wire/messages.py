@@ -20,10 +20,12 @@ Pooling = Literal["mean", "first", "last"]
 CodecName = Literal["fp16", "int8", "int4", "int2"]
 Presence = Literal["online", "offline", "lost"]
 CommandName = Literal["pause", "resume", "renew-certificate"]
+DeviceStep = Literal["flashed", "booted", "configured", "network", "clock", "enrolled", "backbone", "stored"]
 
 MAX_MESSAGE_BYTES = 65_536
 MAX_MANIFEST_BYTES = 262_144
 MAX_BLOCKS = 64
+MAX_STEPS = 32
 MAX_LABELS = 4096
 MAX_BLOB_BYTES = 256 * 1024 * 1024
 _HEX = re.compile(r"[0-9a-f]{16,64}")
@@ -44,6 +46,12 @@ class Fields:
             raise FrameError(f"{message}: expected a map, got {type(body).__name__}")
         self._body: dict[str, Any] = body
         self._message = message
+
+    def __len__(self) -> int:
+        return len(self._body)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._body
 
     def _get(self, name: str, default: object = ...) -> Any:
         value = self._body.get(name, default)
@@ -296,6 +304,9 @@ class Health:
     disk_free_bytes: int | None = None
     certificate_serial: str = ""  # hexadecimal, of the client certificate in use; empty without one
     certificate_expires_at: float | None = None
+    first_steps: dict[DeviceStep, float | None] | None = None
+    """When each step of its first boot was, by the clock of `at` (`flashed`: of the computer that wrote the card); a step
+    without a time came before there was a clock. Only in the first report of a connection, and in one that has news."""
 
     def to_bytes(self) -> bytes:
         return pack_message(self)
@@ -332,7 +343,15 @@ class Health:
             disk_free_bytes=fields.optional_integer("disk_free_bytes", 0, 2**60),
             certificate_serial=fields.text("certificate_serial", 40, ""),
             certificate_expires_at=fields.optional_number("certificate_expires_at", 0.0, 1e12),
+            first_steps=_first_steps(fields.inner("first_steps")) if body.get("first_steps") is not None else None,
         )
+
+
+def _first_steps(fields: Fields) -> dict[DeviceStep, float | None]:
+    """Steps that this program does not know are left out: the agent may be newer."""
+    if len(fields) > MAX_STEPS:
+        raise FrameError(f"health.first_steps: {len(fields)} steps, more than {MAX_STEPS}")
+    return {step: fields.optional_number(step, 0.0, 1e12) for step in get_args(DeviceStep) if step in fields}
 
 
 @dataclass(frozen=True)

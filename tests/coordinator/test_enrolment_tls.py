@@ -1,18 +1,24 @@
 """Bring-up and revocation as an operator does them: the real commands, the broker as shipped, TLS everywhere."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 from cryptography import x509
 
+import edge_agent
 from coordinator.authority import key_pem, new_key, serial_hex
+from coordinator.backbones import prepare
 from coordinator.settings import load_settings
 from edge_agent import renewal
+from edge_agent.first_steps import FirstSteps
 from edge_agent.settings import AgentSettings
 from edge_agent.trusted_clock import TrustedClock
 from side_tuning.broker_connection import BrokerConnection
@@ -20,6 +26,7 @@ from side_tuning.broker_settings import BrokerSettings
 from side_tuning.bundle import read_bundle
 from side_tuning.wire import topics
 from side_tuning.wire.messages import Command, Health
+from tests.backbones.models import minilm_folder
 from tests.brokers import RunningBroker, free_port, mosquitto_program, needs_mosquitto
 from tests.coordinator.enrolling import Asker, certificate_of, listed
 from tests.tls_broker import BROKER_CONFIG, write_configuration
@@ -200,3 +207,51 @@ def test_the_agents_own_enrolment_and_renewal_with_the_coordinators(fleet, tmp_p
 
 def present_certificate(state):
     return x509.load_pem_x509_certificate((state / "identity" / "client.pem").read_bytes())
+
+
+def test_a_flashed_device_shows_its_whole_way_to_the_first_stored_sample(fleet, tmp_path):
+    """What `first-boot.sh` leaves, then the real agent with its bundle; everything in order, in `coordinator devices show`."""
+    backbone, state, bundle = tmp_path / "backbone", tmp_path / "state", tmp_path / "porch.bundle"
+    prepare(minilm_folder(), backbone, layers=1, weights="int8", max_tokens=128)
+    coordinator(fleet, "backbone", "register", str(backbone))
+    coordinator(fleet, "enrol", "porch", "--out", str(bundle))
+    (boot := tmp_path / "boot" / "mobillm").mkdir(parents=True)
+    (boot / "flashed.json").write_text(json.dumps({"device": "porch", "flashed_at": time.time()}))
+    shutil.copy(Path(edge_agent.__file__).parent / "flash" / "first-boot.sh", boot)
+    environment = {**os.environ, "MOBILLM_STATE_DIRECTORY": str(state), "MOBILLM_CONFIGURATION_DIRECTORY": str(tmp_path / "etc")}
+    subprocess.run(["sh", str(boot / "first-boot.sh")], env=environment, check=True)
+    (tmp_path / "rows.jsonl").write_text('{"text": "light on", "label": "a"}\n{"text": "light off", "label": "b"}\n')
+    config = tmp_path / "agent.toml"
+    config.write_text(
+        f'state_directory = "{state}"\nbundle_file = "{bundle}"\n[backbone]\nfolder = "{backbone}"\n[health]\nevery_seconds = 1\n'
+        f'[[sources]]\nkind = "file"\npath = "{tmp_path / "rows.jsonl"}"\n'
+    )
+
+    def shown():
+        return json.loads(coordinator(fleet, "devices", "show", "porch", "--json"))["first_steps"]
+
+    log = tmp_path / "agent.log"
+    with log.open("wb") as file:
+        agent = subprocess.Popen([sys.executable, "-m", "edge_agent.cli", "run", "--config", str(config)], stderr=file)
+    try:
+        wait_until(lambda: agent.poll() is not None or all(step["done"] for step in shown()), WAIT_SECONDS, f"every step: {log}")
+        assert agent.poll() is None, log.read_text()
+        own = FirstSteps(state)  # as the device keeps them
+        wait_until(lambda: "stored" in (FirstSteps(state).times() or ()), WAIT_SECONDS, "its first receipt")
+    finally:
+        agent.terminate()
+        agent.wait(60)
+    steps = shown()
+    names = [step["step"] for step in steps]
+    assert sorted(names) == sorted(["claimed", "flashed", "booted", "configured", "network", "clock", "enrolled", "backbone", "seen", "stored"])
+    # This machine was booted long before, so what is said of the boot and the card stands elsewhere than on a board.
+    assert [name for name in names if name not in ("booted", "flashed", "clock")] == [
+        "claimed", "configured", "network", "enrolled", "backbone", "seen", "stored",
+    ]
+    times = [step["at"] for step in steps if step["step"] != "flashed"]
+    assert None not in times
+    assert times == sorted(times)
+    assert not any(step["overdue"] for step in steps)
+    reported, stored = own.times(), {step["step"]: step["at"] for step in steps}
+    assert reported is not None
+    assert reported["network"] == pytest.approx(datetime.fromisoformat(stored["network"]).timestamp(), abs=5)

@@ -191,9 +191,15 @@ def test_devices_shows_what_waits_for_a_person(coordinator):
     store = coordinator.store()
     with store.write() as session:
         key = new_key()
-        hold_request(session, bundle["claim"], request=make_csr(key, "cellar"), at=NOW)
+        hold_request(session, bundle["claim"], request=make_csr(key, "cellar"), at=NOW - timedelta(hours=2))
     shown = f"with the key {key_digest(key.public_key())[:16]}"
-    assert shown in coordinator.says("devices", "show", "cellar")
+    about = coordinator.says("devices", "show", "cellar")
+    assert shown in about
+    assert f"  asked for approval   {NOW - timedelta(hours=2):%Y-%m-%d %H:%M:%S}" in about
+    assert "  approved             OVERDUE: “approved” did not come within 1 hour" in about
+    assert "  first sample stored  not yet" in about
+    steps = json.loads(coordinator.says("devices", "show", "cellar", "--json"))["first_steps"]
+    assert [step["step"] for step in steps] == ["asked", "claimed", "approved", "seen", "stored"]
     assert "cellar  WAITS FOR APPROVAL: `coordinator devices approve cellar`" in coordinator.says("devices", "list")
     assert f"cellar is approved {shown}" in coordinator.says("devices", "approve", "cellar", "--actor", "anna")
     assert "anna: device approved" in coordinator.says("audit", "--device", "cellar")

@@ -7,6 +7,7 @@ from datetime import timedelta
 
 from fastapi.testclient import TestClient
 
+from coordinator.store.identities import add_claim
 from dashboards.app import make_app
 from tests.dashboards.fleets import now, say, send
 
@@ -64,3 +65,15 @@ def test_before_the_store_is_there_the_page_waits(settings):
 
 def test_health_is_fine_once_the_store_can_be_read(client):
     assert client.get("/healthz").json() == {"status": "ok"}
+
+
+def test_a_device_that_was_flashed_and_never_came_stands_out(client, store):
+    with store.write() as session:
+        for device, hours in (("cellar", 25), ("shed", 1)):
+            at = now() - timedelta(hours=hours)
+            add_claim(session, f"claim-{device}", device, serial=device, expires_at=at + timedelta(days=7), at=at, actor="operator")
+    page = client.get("/").text
+    overdue, rest = page.split("1 overdue: a claim was made, but no device came")[1].split("1 with a claim, but not heard of yet")
+    assert ">cellar<" in overdue
+    assert "is the card in the board" in overdue
+    assert ">shed<" in rest

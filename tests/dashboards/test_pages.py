@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from datetime import timedelta
 
@@ -41,14 +42,18 @@ def make_training(store, folder=None):
     return generation
 
 
+def timeline_on(page):
+    """(how it stands, step) of every line of the timeline."""
+    lines = re.findall(r'<li class="(done|open|overdue)"><span class="mark".*?</span>\s*<span class="step">([^<]+?)\s*<', page, re.DOTALL)
+    return [(state, words) for state, words in lines]
+
+
 def test_a_devices_page_shows_what_it_reports_and_what_arrived(client, store):
     make_training(store)
     page = client.get("/devices/kitchen").text
     for words in ("on-time", "41.0 ms", "51.5 °C", "not throttled", "700 MB", "9.0 GB", "1.3 kB per sample", "all accounted for", "expected", "73.0 %"):
         assert words in page, words
-    for words in ("first seen", "first sample stored"):
-        assert f"✓</span> {words}" in page
-    assert "claim made <small>not yet" in page
+    assert timeline_on(page) == [("done", "first heard from"), ("done", "first sample stored")]
     assert 'data-y="6"' in page  # the plot's figures: six samples in this minute
 
 
@@ -60,11 +65,34 @@ def test_a_ledger_that_does_not_balance_is_red(client, store):
 
 
 def test_the_timeline_begins_with_the_claim(client, store):
-    at = now()
+    begun = now() - timedelta(minutes=20)
+    claim = "claim-" + "ab" * 8
+    steps = {step: begun.timestamp() + seconds for step, seconds in (("flashed", 60), ("network", 400), ("clock", 420), ("backbone", 450))}
     with store.write() as session:
-        add_claim(session, "claim-" + "ab" * 8, "kitchen", serial="01", expires_at=at + timedelta(days=7), at=at, actor="operator", group="upstairs")
-    assert "claim made <time" in client.get("/devices/kitchen").text
+        add_claim(session, claim, "porch", serial="01", expires_at=begun + timedelta(days=7), at=begun, actor="operator", group="upstairs")
+        spend_claim(session, claim, key_digest="ab", at=begun + timedelta(seconds=430))
+        add_certificate(
+            session, serial="c1", device="porch", key_digest="ab", pem=b"", issued_at=begun + timedelta(seconds=430), expires_at=begun + timedelta(days=90), claim=claim
+        )
+    say(store, "porch", 0, first_steps={**steps, "booted": None})
+    page = client.get("/devices/porch").text
+    assert timeline_on(page) == [
+        ("done", "claim made"), ("done", "card flashed"), ("done", "booted"), ("done", "broker reached"), ("done", "clock right"), ("done", "enrolled"),
+        ("done", "backbone loaded"), ("done", "first heard from"), ("open", "first sample stored"),
+    ]
+    assert "time not known" in page
+    assert "+60 s" in page  # from the claim to the card
+    assert "overdue" not in page
     assert "upstairs" in client.get("/").text
+
+
+def test_a_step_that_is_overdue_is_named_with_its_hint_and_needs_attention(client, store):
+    say(store, "porch", 0, at=now() - timedelta(minutes=31), plan_version=0)
+    page = client.get("/devices/porch").text
+    assert ("overdue", "first sample stored") in timeline_on(page)
+    words = "“first sample stored” did not come within 30 minutes after “first heard from”: it has no tap plan"
+    assert page.count(words) == 2  # among its troubles, and where it belongs
+    assert words in client.get("/?state=trouble").text
 
 
 def test_a_device_with_a_claim_has_a_page_before_it_is_heard_of(client, store):

@@ -16,6 +16,7 @@ from coordinator.authority import certificate_pem, make_authority
 from edge_agent import agent as agent_module
 from edge_agent import renewal as renewal_module
 from edge_agent.backbone import Backbone
+from edge_agent.first_steps import FirstSteps
 from edge_agent.identity import IdentityStore
 from edge_agent.identity_file import IdentityError
 from edge_agent.renewal import Renewal
@@ -292,7 +293,7 @@ def test_an_agent_in_1970_works_and_says_that_its_clock_is_wrong(tmp_path: Path,
     )
     stop = threading.Event()
     spool = Spool.open(settings.spool_path, max_bytes=10**6, policy="pause", clock=time.time)
-    agent = agent_module.Agent(settings, Backbone.load(minilm, threads=1), spool, [], None, now=lambda: 60.0)
+    agent = agent_module.Agent(settings, Backbone.load(minilm, threads=1), spool, [], None, first_steps=FirstSteps(tmp_path), now=lambda: 60.0)
     running = threading.Thread(target=agent.run, args=(stop,))
     gateway.start()
     running.start()

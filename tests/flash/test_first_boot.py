@@ -17,6 +17,7 @@ import yaml
 from typer.testing import CliRunner
 
 from edge_agent.cli import app
+from edge_agent.first_steps import FirstSteps
 from edge_agent.flash.errors import FlashError
 from edge_agent.flash.first_boot import CardPlan, Wifi
 from side_tuning.bundle import Bundle
@@ -220,7 +221,11 @@ def test_nothing_secret_is_left_on_the_partition_after_first_boot(tmp_path: Path
             assert key not in content, file
             assert b"$6$salt$hash" not in content, file
     assert "bundle moved" in (boot / "mobillm" / "applied.txt").read_text()
-    assert (boot / "mobillm" / "flashed.json").exists()
+    assert (boot / "mobillm" / "flashed.json").read_bytes() == (state / "flashed.json").read_bytes()
+    times = FirstSteps(state).times()
+    assert times is not None
+    assert list(times) == ["flashed", "configured", "booted"]
+    assert times["booted"] < times["configured"] <= time.time()
 
 
 def test_the_script_keeps_the_bundle_where_it_cannot_be_moved(tmp_path: Path):

@@ -54,6 +54,7 @@ HEALTH = Health(
     memory_available_bytes=2**31,
     peak_rss_bytes=2**28,
     disk_free_bytes=2**34,
+    first_steps={"booted": None, "network": 1.65e9, "stored": 1.66e9},
 )
 MANIFEST = CheckpointManifest(
     generation=5,
@@ -181,3 +182,29 @@ def test_the_last_will_says_lost_in_the_same_session() -> None:
 def test_parts_of_a_blob_cover_it() -> None:
     assert Blob("b", "0f" * 32, 65_536, 65_536).parts == 1
     assert Blob("b", "0f" * 32, 65_537, 65_536).parts == 2
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        ({"network": -1.0}, "first_steps: network is -1.0"),
+        ({"network": 1e13}, "first_steps: network is"),
+        ({"network": float("nan")}, "first_steps: network is nan"),
+        ({"network": "soon"}, "first_steps: network is 'soon'"),
+        ({f"step {n}": 1.0 for n in range(33)}, "33 steps, more than 32"),
+        ([1, 2], "expected a map"),
+        (7, "expected a map"),
+    ],
+)
+def test_first_steps_that_cannot_be_are_refused(steps: object, words: str) -> None:
+    payload = msgpack.packb({**msgpack.unpackb(HEALTH.to_bytes()), "first_steps": steps})
+    with pytest.raises(FrameError, match=words):
+        Health.from_bytes(payload)
+
+
+def test_first_steps_of_a_newer_agent_are_left_out_and_an_older_one_has_none() -> None:
+    body = msgpack.unpackb(HEALTH.to_bytes())
+    newer = Health.from_bytes(msgpack.packb({**body, "first_steps": {"network": 5.0, "danced": 6.0}}))
+    assert newer.first_steps == {"network": 5.0}
+    del body["first_steps"]
+    assert Health.from_bytes(msgpack.packb(body)).first_steps is None
