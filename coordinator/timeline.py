@@ -105,6 +105,8 @@ def why_nothing_stored(one: DeviceOverview) -> str:
     health = one.health
     if one.rejected_frames:
         return f"its frames are rejected: `coordinator rejections list --device {one.device}` says why"
+    if one.state in ("lost", "offline"):
+        return f"it is {one.state}: {one.reason}"
     if health is None:
         return ""
     if health.paused:

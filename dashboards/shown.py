@@ -85,7 +85,13 @@ def short(fingerprint: str | None) -> str:
     return (fingerprint or NOTHING)[:8]
 
 
+def commands(words: str) -> Markup:
+    """Escaped, with what stands between backticks as code."""
+    return Markup("").join(Markup("<code>{}</code>").format(part) if n % 2 else part for n, part in enumerate(words.split("`")))
+
+
 FILTERS = {
+    "commands": commands,
     "when": when,
     "span": span,
     "size": size,

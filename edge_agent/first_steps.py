@@ -96,19 +96,20 @@ class FirstSteps:
     def times(self) -> dict[DeviceStep, float | None] | None:
         """When each step was, by the system's clock as it is now; None: nothing is known of this device's first boot."""
         with self._lock:
-            if not self._kept:
-                return None
-            steps = {step: self._present(noted) if noted.boot == self._boot else noted.at for step, noted in self._steps.items()}
-        return steps if self._flashed_at is None else {"flashed": self._flashed_at, **steps}
+            return self._times() if self._kept else None
 
     def news(self, session: str) -> dict[DeviceStep, float | None] | None:
         """What the report that goes out now should say: everything, on a new connection or after a change, or nothing."""
-        times = self.times()
-        told = (session, *((step, noted.at) for step, noted in self._steps.items()))
-        if times is None or told == self._told:
-            return None
-        self._told = told
-        return times
+        with self._lock:
+            told = (session, *((step, noted.at) for step, noted in self._steps.items()))
+            if not self._kept or told == self._told:
+                return None
+            self._told = told
+            return self._times()
+
+    def _times(self) -> dict[DeviceStep, float | None]:
+        steps = {step: self._present(noted) if noted.boot == self._boot else noted.at for step, noted in self._steps.items()}
+        return steps if self._flashed_at is None else {"flashed": self._flashed_at, **steps}
 
     def _present(self, noted: Noted) -> float:
         return max(0.0, self._now() - (self._uptime() - noted.seconds))

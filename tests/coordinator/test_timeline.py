@@ -150,6 +150,7 @@ def test_rejected_frames_and_older_agents_have_words_too(store):
     one = overview(store)
     assert "coordinator rejections list" in why_nothing_stored(replace(one, rejected_frames=2))
     assert why_nothing_stored(replace(one, health=None)) == ""
+    assert why_nothing_stored(replace(one, state="lost", reason="no goodbye")) == "it is lost: no goodbye"
     assert isinstance(one.health, Health)
 
 

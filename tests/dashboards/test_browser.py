@@ -19,7 +19,7 @@ from playwright.sync_api import Browser, Page, expect
 from coordinator.settings import CoordinatorSettings
 from coordinator.store.audit import audit
 from coordinator.store.engine import Store
-from coordinator.store.identities import add_claim
+from coordinator.store.identities import add_certificate, add_claim, spend_claim
 from coordinator.store.models import Identity
 from coordinator.store.programs import record_program
 from coordinator.store.registry import insert_plan
@@ -132,6 +132,33 @@ def test_devices_appear_and_numbers_move_without_reloading(browser, place, store
         names = page.locator("tr[data-row]").evaluate_all("rows => rows.map(row => row.dataset.row)")
         assert names == sorted(names)
         assert page.evaluate("window.sameDocument") is True
+
+
+def test_a_new_device_is_seen_coming_step_by_step(browser, place, store):
+    """On a phone beside the board; what is late says so by word and sign, and the rest moves without reloading."""
+    begun, claim = now() - timedelta(minutes=40), "claim-" + "ef" * 8
+    with store.write() as session:
+        add_claim(session, claim, "annexe", serial="ef", expires_at=begun + timedelta(days=7), at=begun, actor="operator")
+    with page_in(browser, viewport=PHONE, is_mobile=True, has_touch=True) as page:
+        page.goto(place + "/devices/annexe")
+        expect(page.locator("#link")).to_have_text("live")
+        done, waited_for = page.locator(".timeline .done .step"), page.locator(".timeline .open .step")
+        expect(done).to_have_text(["claim made"])
+        expect(waited_for).to_have_text(["enrolled", "first heard from", "first sample stored"])
+        with store.write() as session:
+            spend_claim(session, claim, key_digest="ef", at=begun + timedelta(minutes=3))
+            add_certificate(
+                session, serial="ef", device="annexe", key_digest="ef", pem=b"", issued_at=begun + timedelta(minutes=3),
+                expires_at=begun + timedelta(days=90), claim=claim,
+            )
+        expect(page.locator(".timeline .overdue .hint")).to_contain_text("does the agent run")
+        expect(page.locator(".timeline .overdue .step")).to_have_text("first heard from overdue")
+        say(store, "annexe", 0, first_steps={"booted": None, "network": begun.timestamp() + 150, "clock": now().timestamp() - 2, "backbone": now().timestamp() - 1})
+        expect(done).to_have_text(["claim made", "booted", "broker reached", "enrolled", "clock right", "backbone loaded", "first heard from"])
+        send(store, "annexe", 1)
+        expect(done.last).to_have_text("first sample stored")
+        expect(page.locator(".timeline .overdue, .timeline .open")).to_have_count(0)
+        picture(page, "timeline-phone")
 
 
 def test_a_plot_is_drawn_from_the_table_that_stays_beside_it(browser, place):

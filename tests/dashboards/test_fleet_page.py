@@ -69,11 +69,12 @@ def test_health_is_fine_once_the_store_can_be_read(client):
 
 def test_a_device_that_was_flashed_and_never_came_stands_out(client, store):
     with store.write() as session:
-        for device, hours in (("cellar", 25), ("shed", 1)):
+        for device, hours in (("cellar", 25), ("shed", 1), ("yard", 200)):
             at = now() - timedelta(hours=hours)
             add_claim(session, f"claim-{device}", device, serial=device, expires_at=at + timedelta(days=7), at=at, actor="operator")
     page = client.get("/").text
-    overdue, rest = page.split("1 overdue: a claim was made, but no device came")[1].split("1 with a claim, but not heard of yet")
+    overdue, rest = page.split("2 overdue: a claim was made, but no device came")[1].split("1 with a claim, but not heard of yet")
     assert ">cellar<" in overdue
     assert "is the card in the board" in overdue
+    assert "<code>coordinator enrol yard</code> makes a new bundle" in overdue
     assert ">shed<" in rest

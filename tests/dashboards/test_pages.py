@@ -19,6 +19,7 @@ from coordinator.store.programs import record_program
 from coordinator.store.registry import insert_plan
 from coordinator.store.rejections import insert_rejection
 from coordinator.store.training import insert_checkpoint, insert_evaluation, insert_run, mark_published
+from dashboards.shown import commands
 from tests.coordinator.fleet import PLAN
 from tests.dashboards.fleets import now, say
 from tests.store.frames import unreadable
@@ -57,6 +58,12 @@ def test_a_devices_page_shows_what_it_reports_and_what_arrived(client, store):
     assert 'data-y="6"' in page  # the plot's figures: six samples in this minute
 
 
+def test_commands_in_hints_are_code_and_nothing_else_is():
+    assert commands("run `a <b>` & `c`") == "run <code>a &lt;b&gt;</code> &amp; <code>c</code>"
+    assert commands(f"it says: {HOSTILE}`") == commands(f"it says: {HOSTILE}") + "<code></code>"
+    assert "<img" not in commands(HOSTILE)
+
+
 def test_a_ledger_that_does_not_balance_is_red(client, store):
     say(store, "attic", 60)  # it says 60 were receipted; 6 are here
     page = client.get("/devices/attic").text
@@ -90,7 +97,7 @@ def test_a_step_that_is_overdue_is_named_with_its_hint_and_needs_attention(clien
     say(store, "porch", 0, at=now() - timedelta(minutes=31), plan_version=0)
     page = client.get("/devices/porch").text
     assert ("overdue", "first sample stored") in timeline_on(page)
-    words = "“first sample stored” did not come within 30 minutes after “first heard from”: it has no tap plan"
+    words = "“first sample stored” did not come within 30 minutes after “first heard from”: it is lost: neither a report"
     assert page.count(words) == 2  # among its troubles, and where it belongs
     assert words in client.get("/?state=trouble").text
 
