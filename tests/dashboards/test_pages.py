@@ -60,8 +60,7 @@ def test_a_devices_page_shows_what_it_reports_and_what_arrived(client, store):
 
 def test_commands_in_hints_are_code_and_nothing_else_is():
     assert commands("run `a <b>` & `c`") == "run <code>a &lt;b&gt;</code> &amp; <code>c</code>"
-    assert commands(f"it says: {HOSTILE}`") == commands(f"it says: {HOSTILE}") + "<code></code>"
-    assert "<img" not in commands(HOSTILE)
+    assert "<img" not in commands(f"it says: `{HOSTILE}")
 
 
 def test_a_ledger_that_does_not_balance_is_red(client, store):
