@@ -181,14 +181,42 @@ def backbone_register(folders: list[Path], config: Config = None) -> None:
                 print(f"  registered, but not for anchors: {error}", file=sys.stderr)
 
 
+@backbone_app.command("assign")
+def backbone_assign(
+    fingerprint: Annotated[str, typer.Argument(help="Of a registered backbone, or its beginning; 'none' takes an assignment back.")],
+    config: Config = None,
+    device: Annotated[list[str] | None, typer.Option(help="For this device (may be given again) instead of the whole fleet.")] = None,
+    actor: Annotated[str, typer.Option(help="Who does it, for the audit trail.")] = "operator",
+) -> None:
+    """Send this backbone to devices that have none; those that have one keep it."""
+    from coordinator.backbone_library import find_artifact
+    from coordinator.store.assignments import assign_backbone, find_backbone
+    from coordinator.store.timestamps import utc_now
+    from side_tuning.backbone_manifest import BackboneError
+    from side_tuning.wire.topics import check_device_name
+
+    owners: list[str | None] = [check_device_name(name) for name in device or ()] or [None]
+    with opened_store(config) as (settings, store), store.write() as session:
+        found = "" if fingerprint == "none" else find_backbone(session, fingerprint)
+        if found and find_artifact(settings.data_directory, found) is None:
+            raise BackboneError(f"backbone {found} is registered, but its files are not kept here; run `coordinator backbone register FOLDER` again")
+        for owner in owners:
+            assign_backbone(session, found, owner, at=utc_now(), actor=actor)
+    for owner in owners:
+        print(f"{owner or 'fleet'}: {found or 'no backbone is sent any more'}")
+
+
 @backbone_app.command("list")
 def backbone_list(config: Config = None) -> None:
     """The registered backbones."""
+    from coordinator.store.assignments import assignments
     from coordinator.store.registry import backbones
 
     with opened_store(config, read_only=True) as (_, store), store.read() as session:
+        assigned = assignments(session)
         for fingerprint, row in backbones(session).items():
-            print(f"{fingerprint}  {_describe_backbone(row.manifest)}")
+            owners = [device or "the fleet" for device, found in assigned.items() if found == fingerprint]
+            print(f"{fingerprint}  {_describe_backbone(row.manifest)}" + (f"; sent to {', '.join(owners)}" if owners else ""))
 
 
 # Tap plans.

@@ -1,7 +1,8 @@
 """MAIN FLOW 1: broker -> decode -> batch -> COMMIT -> acknowledge + receipt.
 
-Three threads: the network thread only puts messages into a bounded queue; the writer stores them in batches; the main
-thread sends plans, checkpoints and orders, applies retention and watches the other two. One that dies ends the program with
+Four threads: the network thread only puts messages into a bounded queue; the writer stores them in batches; the desk sends
+parts of backbones to devices that ask; the main thread sends plans, checkpoints and orders, applies retention and watches the
+others. One that dies ends the program with
 its reason, and the supervisor starts it anew: whatever was not acknowledged comes again.
 
 Rules: a message is acknowledged in its order of arrival, after its batch is on disk, the bad ones too (they are kept
@@ -20,6 +21,8 @@ from typing import Any, TypeVar
 
 from sqlalchemy.orm import Session
 
+from coordinator.backbone_desk import BackboneDesk
+from coordinator.backbone_offers import BackboneOffers, BackboneShelf
 from coordinator.certificate_dates import CertificateDates, own_certificate
 from coordinator.chores import Chores
 from coordinator.counters import Commits, Counters, Reports, gateway_figures
@@ -52,6 +55,7 @@ T = TypeVar("T")
 
 FRAMES = topics.all_devices_up("activations")
 HEALTH = topics.all_devices_up("health")
+BACKBONE_REQUESTS = topics.all_devices_up("backbone-request")
 
 IDLE_SECONDS = 0.25
 FIRST_RETRY_SECONDS = 0.2
@@ -307,7 +311,7 @@ class Gateway:
         self.connection = BrokerConnection(
             broker_settings_for(settings, "gateway"),
             settings.gateway.client_id,
-            subscriptions=[FRAMES, HEALTH],
+            subscriptions=[FRAMES, HEALTH, BACKBONE_REQUESTS],
             on_message=self._received,
             on_connected=self._connected,
             manual_ack=True,
@@ -319,8 +323,13 @@ class Gateway:
         self.writer = Writer(
             settings.gateway, store, connection=self.connection, intake=self._intake, receipts=self._receipts, stop=self._stop
         )
-        self._outbox = Outbox(settings, store, self.connection, ensure_signing_key(settings), now)
-        self._failure: BaseException | None = None
+        key = ensure_signing_key(settings)
+        shelf = BackboneShelf(settings.data_directory)
+        self._outbox = Outbox(settings, store, self.connection, key, now, backbones=BackboneOffers(store, shelf, key))
+        self.desk = BackboneDesk(
+            shelf, self.connection, settings.publishing.backbone_bytes_per_second, busy=lambda: len(self._intake) > settings.gateway.batch_frames
+        )
+        self._failure: tuple[str, BaseException] | None = None
         self._ticked_at = time.monotonic()
         self._dates = CertificateDates(own_certificate(settings, "gateway"), {})
 
@@ -330,8 +339,10 @@ class Gateway:
         Raises:
             GatewayError: a thread died or hangs.
         """
-        thread = threading.Thread(target=self._run_writer, name="writer", daemon=True)
-        thread.start()
+        parts = {"writer": self.writer.run, "desk": lambda: self.desk.run(self._stop)}
+        threads = [threading.Thread(target=self._run_part, args=(name, part), name=name, daemon=True) for name, part in parts.items()]
+        for thread in threads:
+            thread.start()
         self.connection.start()
         reports = Reports(self._settings.gateway.report_seconds, self.writer.counters, self._intake)
         chores = Chores(self._settings, self._store, self._outbox, self.connection, self._now)
@@ -353,7 +364,8 @@ class Gateway:
         finally:
             self._stop.set()
             self._intake.close()
-            thread.join(30)
+            for thread in threads:
+                thread.join(30)
             self.connection.stop()
         self._check_parts()
         reports.log("in all", Counters(), time.monotonic() - reports.started_at)
@@ -367,11 +379,15 @@ class Gateway:
     def _looping(self) -> bool:
         now = time.monotonic()
         return self.connection.tick_age_seconds < HUNG_SECONDS and all(
-            now - tick < HUNG_SECONDS for tick in (self._ticked_at, self.writer.ticked_at)
+            now - tick < HUNG_SECONDS for tick in (self._ticked_at, self.writer.ticked_at, self.desk.ticked_at)
         )
 
     def _received(self, message: Message) -> None:
-        self._intake.put(message, self._now())
+        if message.topic.endswith("/backbone-request"):
+            self.desk.offer(message)
+            self.connection.acknowledge(message)  # never stored; whoever is not answered asks again
+        else:
+            self._intake.put(message, self._now())
 
     def _connected(self, connected: Connected) -> None:
         # The broker may have lost its retained messages; receipts are what lets devices forget frames.
@@ -386,16 +402,17 @@ class Gateway:
             self._store.url,
         )
 
-    def _run_writer(self) -> None:
+    def _run_part(self, name: str, part: Callable[[], None]) -> None:
         try:
-            self.writer.run()
+            part()
         except BaseException as error:
-            self._failure = error
-            logger.exception("the writer died")
+            self._failure = self._failure or (name, error)
+            logger.exception("the %s died", name)
 
     def _check_parts(self) -> None:
         if self._failure is not None:
-            raise GatewayError(f"the writer died: {type(self._failure).__name__}: {self._failure}") from self._failure
+            name, error = self._failure
+            raise GatewayError(f"the {name} died: {type(error).__name__}: {error}") from error
         if not self._stop.is_set():
             if not self.connection.thread_alive:
                 raise GatewayError("the network thread died; its reason is in the log above")

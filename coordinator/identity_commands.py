@@ -64,6 +64,7 @@ def enrol(  # noqa: PLR0917 - one per option
     out: Annotated[str, typer.Option(help="File to write the bundle to, '-' for stdout; DEVICE.bundle.json by default.")] = "",
     expires: Annotated[str, typer.Option(help="How long the claim is good: 7d, 12h, 30m.")] = "7d",
     group: Annotated[str | None, typer.Option(help="Sorts devices on screen; no rule looks at it.")] = None,
+    backbone: Annotated[str | None, typer.Option(help="Fingerprint, or its beginning, of the registered backbone that it is to be sent.")] = None,
     readmit: Annotated[bool, typer.Option("--readmit", help="Let a revoked device in again.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the bundle file if it exists.")] = False,
     actor: Actor = "operator",
@@ -72,6 +73,7 @@ def enrol(  # noqa: PLR0917 - one per option
     from coordinator.claims import ClaimWish, make_claim, prepare_claim
     from coordinator.files import write_atomically
     from coordinator.identities import LOCAL_NAMES
+    from coordinator.store.assignments import assign_backbone, find_backbone
 
     wish = ClaimWish(device=_device_name(device), lifetime=_duration(expires), group=_group(group), readmit=readmit, actor=actor)
     to_stdout = out == "-"
@@ -82,6 +84,8 @@ def enrol(  # noqa: PLR0917 - one per option
         if place.exists() and not force:
             raise ValueError(f"{place} exists: give another --out, or --force to replace it")
     with opened_store(config) as (settings, store):
+        with store.read() as session:
+            fingerprint = None if backbone is None else find_backbone(session, backbone)
         prepared = prepare_claim(settings, wish, _now())
 
         def hand_out() -> None:
@@ -92,6 +96,9 @@ def enrol(  # noqa: PLR0917 - one per option
                 write_atomically(place, prepared.bundle.to_text().encode(), 0o600)
 
         withdrawn = make_claim(store, wish, prepared, hand_out)
+        if fingerprint is not None:
+            with store.write() as session:
+                assign_backbone(session, fingerprint, wish.device, at=_now(), actor=actor)
     say = sys.stderr if to_stdout else sys.stdout
     for earlier in withdrawn:
         print(f"withdrew {earlier.id}, the open claim that {device} had from {_moment(earlier.created_at)}: its bundle is worthless now", file=say)

@@ -1,4 +1,4 @@
-"""Plans and checkpoints out to the devices, as retained messages.
+"""Plans, checkpoints and offers of backbones out to the devices, as retained messages.
 
 Declarative: each round compares what the broker should hold with what was published on this connection and sends the
 difference. A new connection starts from nothing, so a broker that lost its retained messages gets them again.
@@ -18,6 +18,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from coordinator.backbone_offers import BackboneOffers
 from coordinator.files import write_atomically
 from coordinator.settings import CoordinatorSettings
 from coordinator.store.engine import Store
@@ -124,12 +125,15 @@ class Outbox:
         connection: BrokerConnection,
         key: Ed25519PrivateKey,
         now: Callable[[], datetime],
+        *,
+        backbones: BackboneOffers,
     ) -> None:
         self._settings = settings
         self._store = store
         self._connection = connection
         self._key = key
         self._now = now
+        self._backbones = backbones
         self._epoch = 0
         self._published: dict[str, bytes] = {}  # topic -> digest, on this connection
         self._offer: Offer | None = None
@@ -148,6 +152,7 @@ class Outbox:
             self._published.clear()
             self._complete = 0
         self._publish_plans()
+        self._send(self._backbones.messages(self._connection.max_packet_bytes))
         offer = self._current_offer()
         if offer is not None:
             self._publish_offer(offer)

@@ -97,11 +97,12 @@ class RetentionSettings(_Section):
 
 
 class PublishingSettings(_Section):
-    """How plans and checkpoints go out."""
+    """How plans, checkpoints and backbones go out."""
 
     poll_seconds: float = Field(default=1.0, gt=0)
     part_bytes: int = Field(default=131_072, ge=1024, le=16 * _MIB)  # passes every broker's default packet limit
-    signing_key_file: Path | None = None  # of checkpoints, for the gateway alone; none: data_directory / "checkpoint-signing.key"
+    backbone_bytes_per_second: float = Field(default=8.0 * _MIB, ge=1024)  # to all devices together that fetch a backbone
+    signing_key_file: Path | None = None  # of checkpoints and offers of backbones, for the gateway alone; none: data_directory / "checkpoint-signing.key"
 
 
 class EnrolmentSettings(_Section):

@@ -16,17 +16,17 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from edge_agent import exit_codes
 from edge_agent.backbone import Backbone
+from edge_agent.backbone_wait import load_or_fetch
 from edge_agent.checkpoint_store import CheckpointStore
 from edge_agent.checkpoints import CheckpointReceiver
 from edge_agent.first_steps import FirstSteps
 from edge_agent.forward import tap_samples
-from edge_agent.health import read_readings
+from edge_agent.health import agent_version, read_readings
 from edge_agent.identity import certificate_in
 from edge_agent.memory import return_memory_early
 from edge_agent.open_frame import OpenFrame, TappedSample
@@ -68,7 +68,9 @@ def run(settings: AgentSettings, stop: threading.Event) -> int:
         public_key = load_public_key(key_file) if key_file else None
         first_steps = FirstSteps(settings.state_directory)  # before the spool, whose file tells that a device is in use
         first_steps.settle(clock_right=False)
-        backbone = Backbone.load(settings.backbone.folder, threads=settings.backbone.threads)
+        backbone = load_or_fetch(settings, public_key, first_steps, stop)
+        if backbone is None:
+            return exit_codes.OK
         first_steps.note("backbone")
         spool = Spool.open(settings.spool_path, max_bytes=settings.spool.max_bytes, policy=settings.spool.policy, clock=time.time)
         cleanup.callback(spool.close)
@@ -427,7 +429,7 @@ class Agent:
             presence=presence,
             session=self._session,
             at=self._now(),
-            agent_version=_agent_version(),
+            agent_version=agent_version(),
             started_at=self._started_at,
             reason="; ".join(filter(None, (reason or self._trouble, self.clock.trouble)))[:1000],
             backbone=self._backbone.manifest.info(),
@@ -448,10 +450,3 @@ class Agent:
     def _trouble(self) -> str:
         renewal = self.renewal.error if self.renewal is not None else ""
         return self._waiting_for or self.publisher.error or renewal or self.spool.moved_aside
-
-
-def _agent_version() -> str:
-    try:
-        return version("mobillm-fleet")
-    except PackageNotFoundError:
-        return "unknown"

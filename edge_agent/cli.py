@@ -182,6 +182,7 @@ def flash(  # noqa: PLR0917 - typer calls it by name
     country: Annotated[str | None, typer.Option(help="Whose rules the radio follows, such as GB.")] = None,
     timezone: Annotated[str | None, typer.Option(help="Such as Europe/London.")] = None,
     agent_config: Annotated[Path | None, typer.Option(help="agent.toml for the board; set bundle_file to /var/lib/mobillm-fleet/device.bundle in it.")] = None,
+    backbone: Annotated[Path | None, typer.Option(help="A prepared folder; goes on the card where it fits, else the device fetches it.")] = None,
     largest_gb: Annotated[float, typer.Option(min=1, help="Refuse larger disks: a card is rarely that large, somebody's data is.")] = 256,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before overwriting a disk.")] = False,
 ) -> None:
@@ -199,7 +200,7 @@ def flash(  # noqa: PLR0917 - typer calls it by name
             raise typer.BadParameter("give --image, --target, and --bundle or --fleet (or --list alone)")
         options = command.FlashOptions(
             image, target, bundle or Path(), sha256, size, hostname, user, password_hash_file, tuple(ssh_key or ()), wifi, wifi_secret_file,
-            country, timezone, agent_config, int(largest_gb * 10**9), yes,
+            country, timezone, agent_config, backbone, int(largest_gb * 10**9), yes,
         )
         if fleet is None:
             command.flash(options, Console())

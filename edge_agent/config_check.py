@@ -37,7 +37,9 @@ def _lines(name: str, value: Any) -> Iterator[str]:
 
 def problems(settings: AgentSettings) -> list[str]:
     """What would keep the agent from starting, in words with the cure."""
-    checks: list[Callable[[], object]] = [lambda: read_password(settings.broker), lambda: read_manifest(settings.backbone.folder)]
+    checks: list[Callable[[], object]] = [lambda: read_password(settings.broker)]
+    if not settings.fetches_backbone or settings.backbone.folder.exists():
+        checks.append(lambda: read_manifest(settings.backbone.folder))
     certificate = settings.broker.certificate_file
     to_be_enrolled = settings.uses_identity and certificate is not None and not certificate.exists()
     if not to_be_enrolled:

@@ -19,12 +19,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from edge_agent import health
+from edge_agent.backbone_files import IncomingBackbone
 from edge_agent.doctor_identity import agent_runs, check_identity, tls_trouble
 from edge_agent.findings import Finding
 from edge_agent.first_steps import FirstSteps
 from edge_agent.settings import AgentSettings, MqttSourceSettings
 from edge_agent.spool_file import SpoolError, connect, find_damage
 from edge_agent.trusted_clock import TrustedClock
+from side_tuning.backbone_manifest import MANIFEST
 from side_tuning.broker_connection import BrokerConnection, Message
 from side_tuning.broker_settings import BrokerFilesError
 from side_tuning.first_steps import ORDER, WORDS, Step, overdue
@@ -213,9 +215,18 @@ def check_sources(settings: AgentSettings) -> Iterator[Finding]:
 
 
 def check_backbone(settings: AgentSettings) -> Iterator[Finding]:
-    """The files hash to their fingerprint, the model loads, and one text goes through."""
+    """The files hash to their fingerprint, the model loads, and one text goes through; or how far one is that is being fetched."""
     from edge_agent.backbone import Backbone, BackboneError
 
+    folder = settings.backbone.folder
+    if settings.fetches_backbone and not (folder / MANIFEST).exists():
+        progress = IncomingBackbone(folder).progress()
+        here = f"{progress[0]} of {progress[1]} parts are here" if progress else "nothing of one has come yet"
+        yield Finding(
+            "backbone", "warning", f"none in {folder}; {here}",
+            "let `edge-agent run` fetch the one that `coordinator backbone assign` sends, or put a prepared folder there",
+        )
+        return
     start = time.perf_counter()
     try:
         backbone = Backbone.load(settings.backbone.folder, threads=settings.backbone.threads)

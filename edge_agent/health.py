@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from side_tuning.wire.messages import Health
@@ -39,6 +40,13 @@ def read_readings(folder: Path, system: Path = SYSTEM) -> Health:
         peak_rss_bytes=peak_rss_bytes(),
         disk_free_bytes=disk_free_bytes(folder),
     )
+
+
+def agent_version() -> str:
+    try:
+        return version("mobillm-fleet")
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def temperature_celsius(system: Path = SYSTEM) -> float | None:

@@ -114,6 +114,7 @@ SourceSettings = Annotated[FileSourceSettings | FolderSourceSettings | MqttSourc
 
 class BackboneSettings(_Section):
     folder: Path
+    """Without it, `backbone` in the state directory: where `edge-agent flash` puts one, or the coordinator sends one."""
     batch_size: int = Field(default=16, ge=1, le=1024)
     threads: int = Field(default=1, ge=1, le=256)
 
@@ -141,6 +142,7 @@ class RunSettings(_Section):
 
 
 DEFAULT_STATE = Path("/var/lib/mobillm-fleet")
+FETCHED_BACKBONE = "backbone"  # below the state directory
 
 
 class AgentSettings(BaseSettings):
@@ -168,7 +170,14 @@ class AgentSettings(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def _identity_fills_in(cls, values: Any) -> Any:
-        return fill_in(values, DEFAULT_STATE) if isinstance(values, dict) else values
+        if not isinstance(values, dict):
+            return values
+        values = fill_in(values, DEFAULT_STATE)
+        backbone = values.get("backbone", {})
+        if isinstance(backbone, dict) and "folder" not in backbone:
+            folder = Path(values.get("state_directory") or DEFAULT_STATE) / FETCHED_BACKBONE
+            values = {**values, "backbone": {**backbone, "folder": folder}}
+        return values
 
     @field_validator("device")
     @classmethod
@@ -181,6 +190,11 @@ class AgentSettings(BaseSettings):
     @property
     def spool_path(self) -> Path:
         return self.state_directory / "spool.db"
+
+    @property
+    def fetches_backbone(self) -> bool:
+        """Whether the coordinator may send the backbone; one that stands elsewhere is its owner's."""
+        return self.backbone.folder == self.state_directory / FETCHED_BACKBONE
 
     @property
     def alive_file(self) -> Path:

@@ -58,8 +58,8 @@ LIMITS = (
     # A card may travel to its board; after a day it is more likely forgotten, or the board has no power or no network.
     Limit("enrolled", "claimed", 24 * HOUR, "nothing came with its claim: is the card in the board, has the board power and network, and is the claims port (8884) reachable?"),
     # Minutes, from a slow card or over a slow link.
-    Limit("backbone", "enrolled", 15 * MINUTE, "is the backbone's folder on the device, and whole? `edge-agent doctor` checks it there"),
-    # The agent reports as soon as it is connected, which is after its backbone is loaded.
+    Limit("backbone", "enrolled", 15 * MINUTE, "is its backbone there and whole (`edge-agent doctor` checks it), or one assigned to it (`coordinator backbone list`)? While one is fetched, the device says how far it is"),
+    # The agent reports as soon as it is connected, with a backbone or while it fetches one.
     Limit("seen", "enrolled", 15 * MINUTE, "it has its certificate, but no message came: does the agent run (`systemctl status mobillm-edge-agent`), is its backbone there, is the devices' port (8883) reachable?"),
     # One frame: a sample has to come first, and its frame is closed after seconds.
     Limit("stored", "backbone", 30 * MINUTE, "has it samples ([[sources]]), and is there a tap plan (`coordinator plan show`)?"),

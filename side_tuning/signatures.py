@@ -1,7 +1,8 @@
-"""Ed25519 signatures over checkpoint manifests: the coordinator signs, every device verifies.
+"""Ed25519 signatures over checkpoint manifests and backbone offers: the coordinator signs, every device verifies.
 
 The private key is PEM (PKCS#8) in a file only its owner reads; the public key travels as PEM or as 64 hexadecimal
-digits. A manifest is interpreted only after its signature has been checked.
+digits. Nothing is interpreted before its signature has been checked. Each kind of message has a domain of its own in front of
+what is signed, so that none can pass for another.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
+from side_tuning.wire.backbone_messages import BackboneOffer
 from side_tuning.wire.messages import CheckpointManifest, SignedManifest
 
 
@@ -81,11 +83,25 @@ def sign_manifest(manifest: CheckpointManifest, key: Ed25519PrivateKey) -> Signe
 
 def verify_manifest(signed: SignedManifest, public_key: Ed25519PublicKey) -> CheckpointManifest:
     """The manifest, if `public_key` signed it; else `SignatureError`. Malformed signed bytes raise `FrameError`."""
+    _check(signed, SignedManifest.SIGNATURE_DOMAIN, public_key, "checkpoint manifest")
+    return CheckpointManifest.from_bytes(signed.manifest)
+
+
+def sign_offer(offer: BackboneOffer, key: Ed25519PrivateKey) -> SignedManifest:
+    body = offer.to_bytes()
+    return SignedManifest(body, key.sign(BackboneOffer.SIGNATURE_DOMAIN + body))
+
+
+def verify_offer(signed: SignedManifest, public_key: Ed25519PublicKey) -> BackboneOffer:
+    """The offer, if `public_key` signed it; else `SignatureError`. Malformed signed bytes raise `FrameError`."""
+    _check(signed, BackboneOffer.SIGNATURE_DOMAIN, public_key, "backbone offer")
+    return BackboneOffer.from_bytes(signed.manifest)
+
+
+def _check(signed: SignedManifest, domain: bytes, public_key: Ed25519PublicKey, what: str) -> None:
     try:
-        public_key.verify(signed.signature, SignedManifest.SIGNATURE_DOMAIN + signed.manifest)
+        public_key.verify(signed.signature, domain + signed.manifest)
     except InvalidSignature:
         raise SignatureError(
-            "the checkpoint manifest was not signed by the configured key; check that the device carries the "
-            "coordinator's current public key"
+            f"the {what} was not signed by the configured key; check that the device carries the coordinator's current public key"
         ) from None
-    return CheckpointManifest.from_bytes(signed.manifest)

@@ -1,4 +1,4 @@
-"""A TCP proxy whose uplink carries so many bytes per second, like a poor mobile connection."""
+"""A TCP proxy whose uplink or downlink carries so many bytes per second, like a poor mobile connection."""
 
 from __future__ import annotations
 
@@ -15,12 +15,25 @@ BUFFER_BYTES = 16_384  # small: what waits in buffers would look like a fast lin
 @contextlib.contextmanager
 def slow_uplink(port: int, bytes_per_second: float) -> Iterator[int]:
     """The port of a proxy to `port` on loopback; downlink unlimited."""
+    with _slow(port, bytes_per_second, None) as slow_port:
+        yield slow_port
+
+
+@contextlib.contextmanager
+def slow_downlink(port: int, bytes_per_second: float) -> Iterator[int]:
+    """The same the other way: uplink unlimited."""
+    with _slow(port, None, bytes_per_second) as slow_port:
+        yield slow_port
+
+
+@contextlib.contextmanager
+def _slow(port: int, up: float | None, down: float | None) -> Iterator[int]:
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
     listener.bind(("127.0.0.1", 0))
     listener.listen()
     stopping = threading.Event()
-    threading.Thread(target=_accept, args=(listener, port, bytes_per_second, stopping), daemon=True).start()
+    threading.Thread(target=_accept, args=(listener, port, up, down, stopping), daemon=True).start()
     try:
         yield int(listener.getsockname()[1])
     finally:
@@ -28,15 +41,17 @@ def slow_uplink(port: int, bytes_per_second: float) -> Iterator[int]:
         listener.close()
 
 
-def _accept(listener: socket.socket, port: int, bytes_per_second: float, stopping: threading.Event) -> None:
+def _accept(listener: socket.socket, port: int, up: float | None, down: float | None, stopping: threading.Event) -> None:
     while not stopping.is_set():
         try:
             device, _ = listener.accept()
         except OSError:
             return
-        broker = socket.create_connection(("127.0.0.1", port))
-        threading.Thread(target=_pump, args=(device, broker, bytes_per_second, stopping), daemon=True).start()
-        threading.Thread(target=_pump, args=(broker, device, None, stopping), daemon=True).start()
+        broker = socket.socket()
+        broker.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
+        broker.connect(("127.0.0.1", port))
+        threading.Thread(target=_pump, args=(device, broker, up, stopping), daemon=True).start()
+        threading.Thread(target=_pump, args=(broker, device, down, stopping), daemon=True).start()
 
 
 def _pump(source: socket.socket, target: socket.socket, bytes_per_second: float | None, stopping: threading.Event) -> None:

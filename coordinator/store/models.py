@@ -144,6 +144,16 @@ class Backbone(Base):
     registered_at: Mapped[datetime]
 
 
+class BackboneAssignment(Base):
+    """The backbone that a device without one is to be sent; `owner` is a device or "fleet". Empty: none any more."""
+
+    __tablename__ = "backbone_assignments"
+
+    owner: Mapped[str] = mapped_column(String(64), primary_key=True)
+    fingerprint: Mapped[str] = mapped_column(String(64))
+    assigned_at: Mapped[datetime]
+
+
 class TapPlanRow(Base):
     """A tap plan ever given out; `owner` is a device or "fleet" (no device can have that name)."""
 

@@ -27,7 +27,8 @@ from edge_agent.flash.block_map import block_map_beside, read_block_map
 from edge_agent.flash.card import Written, write_card
 from edge_agent.flash.disks import Disk, check_target, list_disks, refusals
 from edge_agent.flash.errors import FlashError
-from edge_agent.flash.first_boot import CardPlan, Wifi, put_files
+from edge_agent.flash.first_boot import BACKBONE, CardPlan, Wifi, put_files
+from side_tuning.backbone_manifest import FINGERPRINTED, MANIFEST, BackboneError, check_artifact
 from side_tuning.bundle import BundleError, read_bundle
 
 
@@ -49,6 +50,7 @@ class FlashOptions:
     country: str | None = None
     timezone: str | None = None
     agent_config: Path | None = None
+    backbone: Path | None = None
     largest_bytes: int = 256 * 10**9
     yes: bool = False
 
@@ -81,6 +83,7 @@ def flash(options: FlashOptions, console: Console, ask: Callable[[str], str] = g
         timezone=options.timezone,
         image_name=options.image.name,
         agent_config=_text_of(options.agent_config, "agent's settings").encode() + b"\n" if options.agent_config else None,
+        backbone=_backbone(options.backbone) if options.backbone else {},
     )
     plan.check()
     map_path = block_map_beside(options.image)
@@ -100,6 +103,11 @@ def flash(options: FlashOptions, console: Console, ask: Callable[[str], str] = g
             progress=bars.show,
         )
     console.print(f"[bold]{bundle.device}[/] is on {options.target}: {written.image_size:,} bytes written and read back, {len(written.files)} files of its own.")
+    if plan.backbone:
+        here = any(path.startswith(BACKBONE) for path in written.files)
+        size = sum(map(len, plan.backbone.values()))
+        said = "is on it too" if here else "does not fit on its boot partition: the device fetches it, once `coordinator backbone assign` says so"
+        console.print(f"The backbone in {options.backbone} ({size:,} bytes) {said}.")
     if not written.read_past_cache:
         console.print("The target's file system has no uncached reading, so the reading back proves less than on a card.")
     console.print(f"sha256 of the image: {written.image_sha256}")
@@ -132,6 +140,15 @@ def _wifi(options: FlashOptions, ask: Callable[[str], str]) -> Wifi | None:
         return None
     secret = _text_of(options.wifi_secret_file, "Wi-Fi passphrase") if options.wifi_secret_file else ask(f"Passphrase of {options.wifi} (empty: open network): ")
     return Wifi.with_passphrase(options.wifi, secret)
+
+
+def _backbone(folder: Path) -> dict[str, bytes]:
+    """A prepared backbone's files, checked against its fingerprint."""
+    try:
+        check_artifact(folder)
+        return {name: (folder / name).read_bytes() for name in (*FINGERPRINTED, MANIFEST)}
+    except (BackboneError, OSError) as error:
+        raise FlashError(f"the backbone cannot go on the card: {error}") from error
 
 
 def _text_of(path: Path, what: str) -> str:

@@ -94,6 +94,10 @@ class FatPartition:
         """Names in a directory, as they stand there."""
         return [entry.name for entry in self._entries(self._open_directory(directory))]
 
+    @property
+    def free_bytes(self) -> int:
+        return sum(self._table[n] & 0x0FFFFFFF == 0 for n in range(2, self._clusters + 2)) * self._cluster_bytes
+
     def exists(self, path: str) -> bool:
         try:
             self._find(path)

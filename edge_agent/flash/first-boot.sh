@@ -33,6 +33,22 @@ if [ -f "$here/device.bundle" ]; then
   note "bundle moved to $state"
 fi
 
+if [ -d "$here/backbone" ]; then
+  # Whole and on the disk before it takes its place; the agent checks it by its hash, and fetches it where this fails.
+  if [ -e "$state/backbone" ]; then
+    rm -rf "$here/backbone" && note "there is a backbone already, the card's was removed"
+  elif rm -rf "$state/backbone.new" && cp -r "$here/backbone" "$state/backbone.new" && sync &&
+    diff -r "$here/backbone" "$state/backbone.new" >/dev/null && chmod -R go= "$state/backbone.new" &&
+    mv "$state/backbone.new" "$state/backbone" && sync; then
+    id mobillm-fleet >/dev/null 2>&1 && chown -R mobillm-fleet: "$state"
+    rm -rf "$here/backbone"
+    note "backbone moved to $state"
+  else
+    rm -rf "$state/backbone.new"
+    note "the backbone could not be copied to $state: the agent fetches it"
+  fi
+fi
+
 # cloud-init and rpi-preseed have read theirs by now, and keep what they need elsewhere.
 for file in user-data network-config rpi-preseed.toml; do
   [ -f "$boot/$file" ] || continue

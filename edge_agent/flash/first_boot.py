@@ -17,7 +17,7 @@ from importlib import resources
 from typing import Any, Literal
 
 from edge_agent.flash.errors import FlashError
-from edge_agent.flash.fat import FatPartition
+from edge_agent.flash.fat import MAX_FILE_BYTES, FatPartition
 from side_tuning.bundle import Bundle
 
 System = Literal["cloud-init", "rpi-preseed", "firstrun"]
@@ -27,6 +27,8 @@ BUNDLE = f"{FOLDER}/device.bundle"
 MANIFEST = f"{FOLDER}/flashed.json"
 SCRIPT = f"{FOLDER}/first-boot.sh"
 AGENT_CONFIG = f"{FOLDER}/agent.toml"
+BACKBONE = f"{FOLDER}/backbone"
+SPARE_BYTES = 16 * 1024 * 1024  # stays free on the boot partition, for the system's own updates
 _FIRSTBOOT_INIT = "init=/usr/lib/raspberrypi-sys-mods/firstboot"
 _RUN_FIRSTRUN = "systemd.run=/boot/firstrun.sh systemd.run_success_action=reboot systemd.unit=kernel-command-line.target"
 
@@ -73,6 +75,7 @@ class CardPlan:
     timezone: str | None = None
     image_name: str = ""
     agent_config: bytes | None = None  # agent.toml, for /etc/mobillm-fleet
+    backbone: dict[str, bytes] = field(default_factory=dict, repr=False)  # a prepared one's files, by name
 
     def check(self) -> None:
         """Refuse what no system could take.
@@ -131,6 +134,8 @@ def put_files(boot: FatPartition, plan: CardPlan) -> dict[str, bytes]:
     files: dict[str, bytes] = {BUNDLE: plan.bundle.to_text().encode(), SCRIPT: _script()}
     if plan.agent_config is not None:
         files[AGENT_CONFIG] = plan.agent_config
+    if backbone_fits(boot, plan):
+        files |= {f"{BACKBONE}/{name}": content for name, content in plan.backbone.items()}
     cmdline = boot.read("cmdline.txt").decode("utf-8", "replace") if boot.exists("cmdline.txt") else None
     if system == "cloud-init":
         files |= {"user-data": _user_data(plan), "network-config": _network_config(plan), "meta-data": _meta_data(plan)}
@@ -147,6 +152,12 @@ def put_files(boot: FatPartition, plan: CardPlan) -> dict[str, bytes]:
     for path, content in files.items():
         boot.write(path, content, plan.flashed_at)
     return files
+
+
+def backbone_fits(boot: FatPartition, plan: CardPlan) -> bool:
+    """Whether the boot partition has room for the backbone; where it has not, the device fetches it over the network."""
+    largest = max(map(len, plan.backbone.values()), default=0)
+    return largest <= MAX_FILE_BYTES and sum(map(len, plan.backbone.values())) + SPARE_BYTES <= boot.free_bytes
 
 
 def _script() -> bytes:

@@ -1,7 +1,7 @@
 """Card after card for a fleet file: one bundle, one card, one label each; an interruption loses nothing that was finished.
 
 The fleet file is CSV with a header: `device` and, where wanted, `bundle`, `hostname`, `wifi`, `wifi_secret_file`, `country`,
-`timezone`. The ledger beside it is a file of JSON lines that only grows; a card counts as made when its "made" line is on the
+`timezone`, `backbone` (a prepared folder). The ledger beside it is a file of JSON lines that only grows; a card counts as made when its "made" line is on the
 disk, and a device whose bundle is the one of that line is not made again.
 """
 
@@ -21,12 +21,13 @@ from rich.console import Console
 from edge_agent.flash.command import FlashOptions, flash
 from edge_agent.flash.disks import list_disks
 from edge_agent.flash.errors import FlashError
+from side_tuning.backbone_manifest import MANIFEST
 from side_tuning.bundle import BundleError, read_bundle
 from side_tuning.wire.bounded import FrameError
 from side_tuning.wire.topics import check_device_name
 
 MAX_FLEET_BYTES = 4 * 1024 * 1024
-COLUMNS = ("device", "bundle", "hostname", "wifi", "wifi_secret_file", "country", "timezone")
+COLUMNS = ("device", "bundle", "hostname", "wifi", "wifi_secret_file", "country", "timezone", "backbone")
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ def read_fleet(path: Path, bundles: Path) -> list[FleetRow]:
             continue
         if read.device != device:
             wrong.append(f"line {number}: bundle {bundle} is for {read.device}, not for {device}")
+        if "backbone" in given and not (path.parent / given["backbone"] / MANIFEST).is_file():
+            wrong.append(f"line {number}: there is no backbone in {path.parent / given['backbone']}")
         rows.append(FleetRow(device, bundle, read.claim, given))
     if wrong or not rows:
         raise FlashError("\n  ".join([f"fleet file {path} cannot be used:", *(wrong or ["it names no device"])]))
@@ -167,8 +170,7 @@ def flash_fleet(
 def _options(common: FlashOptions, row: FleetRow, target: Path, folder: Path) -> FlashOptions:
     values = row.values
     changes: dict[str, object] = {name: values[name] for name in ("hostname", "wifi", "country", "timezone") if name in values}
-    if "wifi_secret_file" in values:
-        changes["wifi_secret_file"] = folder / values["wifi_secret_file"]
+    changes |= {name: folder / values[name] for name in ("wifi_secret_file", "backbone") if name in values}
     return replace(common, bundle=row.bundle, target=target, **changes)  # type: ignore[arg-type]
 
 

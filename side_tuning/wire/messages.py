@@ -444,7 +444,7 @@ class CheckpointManifest:
 
 @dataclass(frozen=True)
 class SignedManifest:
-    """The bytes of a `CheckpointManifest` with an Ed25519 signature over `SIGNATURE_DOMAIN + manifest`.
+    """The bytes of a `CheckpointManifest` (or a `BackboneOffer`) with an Ed25519 signature over its domain + manifest.
 
     The manifest stays bytes until the signature is checked: nothing unsigned is interpreted.
     """

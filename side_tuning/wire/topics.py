@@ -108,6 +108,11 @@ def certificate_request(name: str) -> str:
     return str(Topic(_claim_or_device(name), "up", "certificate-request"))
 
 
+def backbone_request(device: str) -> str:
+    """Where a device without a backbone asks for parts of one; not retained, it repeats what is not answered."""
+    return str(Topic(check_device_name(device), "up", "backbone-request"))
+
+
 # From the coordinator to one device.
 
 
@@ -130,6 +135,11 @@ def device_plan(device: str) -> str:
     return str(Topic(check_device_name(device), "down", "plan"))
 
 
+def device_backbone(device: str) -> str:
+    """Retained signed offer of the backbone that one device is to run; goes before the fleet's."""
+    return str(Topic(check_device_name(device), "down", "backbone"))
+
+
 # From the coordinator to the fleet.
 
 
@@ -146,6 +156,21 @@ def checkpoint(fingerprint: str) -> str:
 def checkpoint_part(blob_sha256: str, index: int) -> str:
     """Retained part `index` of the blob with this hash; devices subscribe to just the parts they miss."""
     return str(Topic(FLEET, "down", "checkpoint-part", (blob_sha256[:32], str(index))))
+
+
+def fleet_backbone() -> str:
+    """Retained signed offer for every device that has none of its own."""
+    return str(Topic(FLEET, "down", "backbone"))
+
+
+def backbone_listing(fingerprint: str) -> str:
+    """Retained list of a backbone's files and parts; the offer holds its hash."""
+    return str(Topic(FLEET, "down", "backbone-listing", (fingerprint,)))
+
+
+def backbone_part(fingerprint: str, index: int) -> str:
+    """Part `index`, published when somebody asks, never retained: all who wait for it at that moment get it at once."""
+    return str(Topic(FLEET, "down", "backbone-part", (fingerprint, str(index))))
 
 
 def _claim_or_device(name: str) -> str:

@@ -6,8 +6,10 @@ from tests.tls_broker import TlsBroker
 
 CLAIM, OTHER_CLAIM = "claim-00112233445566778899", "claim-aabbccddeeff00112233"
 OWNERS = ("kitchen", "garage", "gateway", "enrolment", "doctor", CLAIM, OTHER_CLAIM, topics.FLEET)
-UP = ("activations", "health", "certificate-request", "probe")
-DOWN = ("receipt", "command", "plan", "certificate", "checkpoint.0f", "checkpoint-part.0f.1")
+UP = ("activations", "health", "certificate-request", "backbone-request", "probe")
+DOWN = (
+    "receipt", "command", "plan", "certificate", "checkpoint.0f", "checkpoint-part.0f.1", "backbone", "backbone-listing.0f", "backbone-part.0f.1",
+)
 STRANGE = (
     "mobillm", "mobillm/v1", "mobillm/v1/kitchen", "mobillm/v1/kitchen/sideways/health", "mobillm/v1/garage/up", "mobillm/v1/garage/down",
     "mobillm/v2/garage/up/activations", "mobillm/v1//up/activations", "/mobillm/v1/garage/up/activations", "kitchen", "certificates",
@@ -49,7 +51,7 @@ READS = {
     "garage": below("garage") | {"mobillm/v1/garage/down"},
     # mosquitto's `deny` holds for reading too.
     # And `+` matches an empty name, under which nobody can write.
-    "gateway": (below("gateway") - each("down", "certificate")) | each("up", "activations", "health") | {"mobillm/v1//up/activations"},
+    "gateway": (below("gateway") - each("down", "certificate")) | each("up", "activations", "health", "backbone-request") | {"mobillm/v1//up/activations"},
     "enrolment": below("enrolment") | each("up", "certificate-request"),
     "doctor": below("doctor") | t("doctor", "up", "probe"),
     CLAIM: t(CLAIM, "down", "certificate"),

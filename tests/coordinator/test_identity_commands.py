@@ -12,6 +12,7 @@ from cryptography import x509
 from coordinator import cli
 from coordinator.authority import common_name_of, key_digest, load_authority, new_key, serial_hex
 from coordinator.settings import load_settings
+from coordinator.store.assignments import assignments
 from coordinator.store.commands import commands_to_send
 from coordinator.store.engine import open_store
 from coordinator.store.health import record_health
@@ -22,9 +23,10 @@ from coordinator.store.identities import (
     mark_certificate_seen,
     spend_claim,
 )
+from coordinator.store.registry import register_backbone
 from side_tuning.bundle import read_bundle
 from tests.coordinator.enrolling import make_csr
-from tests.coordinator.fleet import settings_file
+from tests.coordinator.fleet import MANIFEST, settings_file
 from tests.store.frames import report
 
 NOW = datetime.now(timezone.utc)
@@ -67,6 +69,19 @@ def fresh(tmp_path, capsys, monkeypatch):
 def coordinator(fresh):
     fresh.says("init")
     return fresh
+
+
+def test_a_device_is_given_its_backbone_when_it_is_let_in(coordinator):
+    store = coordinator.store()
+    with store.write() as session:
+        register_backbone(session, MANIFEST)
+    assert coordinator("enrol", "kitchen", "--backbone", "ffff") == 78
+    assert "no registered backbone begins with 'ffff'" in coordinator.err
+    assert not (coordinator.config.parent / "kitchen.bundle.json").exists()
+    coordinator.says("enrol", "kitchen", "--backbone", MANIFEST.fingerprint[:8])
+    with store.read() as session:
+        assert assignments(session) == {"kitchen": MANIFEST.fingerprint}
+    store.close()
 
 
 def enrolled(coordinator, device="kitchen"):

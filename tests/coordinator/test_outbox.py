@@ -7,6 +7,7 @@ from datetime import datetime, timezone
 
 import pytest
 
+from coordinator.backbone_offers import BackboneOffers, BackboneShelf
 from coordinator.outbox import Outbox, ensure_signing_key
 from coordinator.planning import change_plan, follow_settings, next_version
 from coordinator.settings import PlanSettings, TaskSettings
@@ -101,7 +102,8 @@ def link(tmp_path, settings, store):
         small = settings.model_copy(update={"publishing": settings.publishing.model_copy(update={"part_bytes": PART})})
         key = ensure_signing_key(settings)
         watcher = Watcher(broker)
-        yield broker, connection, lambda: Outbox(small, store, connection, key, lambda: datetime.now(timezone.utc)), watcher
+        backbones = BackboneOffers(store, BackboneShelf(settings.data_directory), key)
+        yield broker, connection, lambda: Outbox(small, store, connection, key, lambda: datetime.now(timezone.utc), backbones=backbones), watcher
         watcher.connection.stop()
         connection.stop()
 

@@ -80,11 +80,12 @@ def test_version_and_help() -> None:
 @pytest.mark.parametrize("command", [["run"], ["doctor"], ["check-config"], ["infer", "hello"]])
 def test_wrong_settings_end_with_78_and_one_message(tmp_path: Path, command: list[str]) -> None:
     config = tmp_path / "agent.toml"
-    config.write_text('device = "a b"\n[broker]\nhost = "x"\n')
+    config.write_text('device = "a b"\n[broker]\nhost = "x"\n[spool]\nmax_bytes = 1\n')
     done = edge_agent(*command, "--config", str(config))
     assert done.returncode == 78
     assert done.stderr.startswith(f"edge-agent: the configuration file {config} cannot be used:")
-    assert "backbone: missing" in done.stderr
+    assert "device: device name 'a b'" in done.stderr
+    assert "spool.max_bytes: 1" in done.stderr
     assert "Traceback" not in done.stderr
 
 

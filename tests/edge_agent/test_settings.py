@@ -101,8 +101,8 @@ WRONG = [
     ('host = "broker.local"', 'hots = "b"', ["broker.hots", "did you mean 'host'?"]),
     ('host = "broker.local"', 'host = "b"\nport = 99999', ["broker.port: 99999", "65535"]),
     ('host = "broker.local"', 'host = "b"\npassword_file = "p"', ["broker", "username"]),
-    ('[backbone]\nfolder = "backbone"', "", ["backbone: missing"]),
-    ('folder = "backbone"', "", ["backbone.folder: missing"]),
+    ('[backbone]\nfolder = "backbone"', "backbone = 3", ["backbone:"]),
+    ('folder = "backbone"', 'fodler = "backbone"', ["backbone.fodler", "did you mean 'folder'?"]),
     ('"kitchen"', '"kitchen"\nlog_level = "loud"', ["log_level: 'loud'", "debug"]),
     ("[backbone]", '[[sources]]\nkind = "fil"\npath = "a"\n[backbone]', ["sources.0", "file, folder, mqtt"]),
     ("[backbone]", '[[sources]]\nkind = "file"\npath = "a.txt"\n[backbone]', ["sources.0", "a.txt", ".jsonl"]),
@@ -113,6 +113,19 @@ WRONG = [
     ("[backbone]", '[spool]\nmax_bytes = 10\npolicy = "panic"\n[backbone]', ["spool.max_bytes: 10", "spool.policy: 'panic'", "drop-oldest"]),
     ("device", "device = \n[[", ["not valid TOML", "line 2"]),
 ]
+
+
+@pytest.mark.parametrize("backbone", ["", "[backbone]\nthreads = 2", '[backbone]\nfolder = "state/backbone"'])
+def test_a_backbone_without_a_folder_is_fetched_into_the_state_directory(tmp_path: Path, backbone: str) -> None:
+    settings = load_settings(write(tmp_path, f'device = "kitchen"\nstate_directory = "state"\n[broker]\nhost = "b"\n{backbone}\n'))
+    assert settings.backbone.folder == tmp_path / "state" / "backbone"
+    assert settings.fetches_backbone
+
+
+def test_a_backbone_of_its_owner_stays_his(tmp_path: Path) -> None:
+    settings = load_settings(write(tmp_path, 'device = "kitchen"\nstate_directory = "state"\n[broker]\nhost = "b"\n[backbone]\nfolder = "mine"\n'))
+    assert settings.backbone.folder == tmp_path / "mine"
+    assert not settings.fetches_backbone
 
 
 @pytest.mark.parametrize(("old", "new", "words"), WRONG)
@@ -130,7 +143,7 @@ def test_wrong_settings_are_named_with_value_and_cure(tmp_path: Path, old: str, 
 def test_all_errors_come_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_settings(write(tmp_path, "device = 'a/b'\n[broker]\nport = 0\n"))
-    assert str(caught.value).count("\n") == 4
+    assert str(caught.value).count("\n") == 3
 
 
 def test_a_missing_or_unreadable_file_says_so(tmp_path: Path) -> None:

@@ -18,6 +18,11 @@ TABLE = [
     (topics.receipt("kitchen"), "mobillm/v1/kitchen/down/receipt", Topic("kitchen", "down", "receipt")),
     (topics.command("kitchen"), "mobillm/v1/kitchen/down/command", Topic("kitchen", "down", "command")),
     (topics.device_plan("kitchen"), "mobillm/v1/kitchen/down/plan", Topic("kitchen", "down", "plan")),
+    (topics.backbone_request("kitchen"), "mobillm/v1/kitchen/up/backbone-request", Topic("kitchen", "up", "backbone-request")),
+    (topics.device_backbone("kitchen"), "mobillm/v1/kitchen/down/backbone", Topic("kitchen", "down", "backbone")),
+    (topics.fleet_backbone(), "mobillm/v1/fleet/down/backbone", Topic("fleet", "down", "backbone")),
+    (topics.backbone_listing("ab" * 16), f"mobillm/v1/fleet/down/backbone-listing.{'ab' * 16}", Topic("fleet", "down", "backbone-listing", ("ab" * 16,))),
+    (topics.backbone_part("ab" * 16, 7), f"mobillm/v1/fleet/down/backbone-part.{'ab' * 16}.7", Topic("fleet", "down", "backbone-part", ("ab" * 16, "7"))),
     (topics.fleet_plan(), "mobillm/v1/fleet/down/plan", Topic("fleet", "down", "plan")),
     (topics.checkpoint("ab" * 16), f"mobillm/v1/fleet/down/checkpoint.{'ab' * 16}", Topic("fleet", "down", "checkpoint", ("ab" * 16,))),
     (
