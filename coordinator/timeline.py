@@ -72,7 +72,7 @@ class Timeline:
 
 
 def timeline(facts: Facts, now: datetime, why_nothing_stored: str = "") -> Timeline:
-    """Join what both sides know; `why_nothing_stored` replaces the general hint for the last step."""
+    """Join what both sides know; `why_nothing_stored` replaces the general hints for the last steps."""
     times = _times(facts)
     late = {one.step: one for one in _late(facts, times, now, why_nothing_stored)}
     came: list[TimelineStep] = []
@@ -91,7 +91,9 @@ def late_first_steps(access: DeviceAccess | None, one: DeviceOverview | None, no
     if one is not None:
         if one.stored_frames:
             return ()
-        facts = Facts(one.device, seen_at=one.first_seen_at, revoked=access is not None and access.revoked_at is not None)
+        without_backbone = one.health is not None and one.health.backbone is None
+        revoked = access is not None and access.revoked_at is not None
+        facts = Facts(one.device, seen_at=one.first_seen_at, reported={"network": None} if without_backbone else {}, revoked=revoked)
         return timeline(facts, now, why_nothing_stored(one)).overdue
     if access is None or access.revoked_at is not None or (access.enrolled_at is None and access.claimed_at is None):
         return ()
@@ -109,6 +111,8 @@ def why_nothing_stored(one: DeviceOverview) -> str:
         return f"it is {one.state}: {one.reason}"
     if health is None:
         return ""
+    if health.backbone is None:
+        return "it has no backbone yet" + (f"; it says: {health.reason}" if health.reason else "")
     if health.paused:
         return "it is paused: resume it"
     if health.plan_error:
@@ -162,8 +166,10 @@ def _late(facts: Facts, times: Mapping[Step, datetime | None], now: datetime, wh
     if facts.claim_ended and "enrolled" in expected and facts.claimed_at is not None:
         hint = f"its claim has {'expired' if facts.claim_ended == 'expired' else 'been withdrawn'}, unused: `coordinator enrol {facts.device}` makes a new bundle"
         return [Overdue("enrolled", "claimed", 0.0, (now - facts.claimed_at).total_seconds(), hint)]
+    if "backbone" in expected and "backbone" not in times:
+        expected.discard("stored")  # it has its time from then on
     late = overdue(seconds, expected, now.timestamp(), facts.device)
-    return [replace(one, hint=why) if why and one.step == "stored" else one for one in late]
+    return [replace(one, hint=why) if why and one.step in ("backbone", "stored") else one for one in late]
 
 
 def _in_order(times: Mapping[Step, datetime | None]) -> list[Step]:

@@ -203,7 +203,7 @@ def _late(snapshot: FleetSnapshot) -> dict[str, float | None]:
     late = Counter(
         one.step for name in heard.keys() | snapshot.access.keys() for one in late_first_steps(snapshot.access.get(name), heard.get(name), snapshot.at)
     )
-    return {step: late[step] for step in ("approved", "enrolled", "seen", "stored")}
+    return {step: late[step] for step in ("approved", "enrolled", "seen", "backbone", "stored")}
 
 
 def _learning(snapshot: FleetSnapshot, measures: Measures) -> Iterator[Metric]:

@@ -43,6 +43,12 @@ class Limit:
     hint: str
 
 
+BACKBONE_HINT = (
+    "is its backbone there and whole (`edge-agent doctor` checks it), or one assigned to it (`coordinator backbone list`)? "
+    "While one is fetched, the device says how far it is"
+)
+STORED_HINT = "has it samples ([[sources]]), and is there a tap plan (`coordinator plan show`)?"
+
 # Of several limits for one step the first counts whose `after` has come.
 LIMITS = (
     # A first boot resizes the card, restarts once and joins Wi-Fi: one to three minutes on a Raspberry Pi.
@@ -57,13 +63,14 @@ LIMITS = (
     Limit("enrolled", "network", 10 * MINUTE, "is the claims port (8884) reachable, and does `coordinator enrolment` run? `edge-agent enrol` says what is in the way"),
     # A card may travel to its board; after a day it is more likely forgotten, or the board has no power or no network.
     Limit("enrolled", "claimed", 24 * HOUR, "nothing came with its claim: is the card in the board, has the board power and network, and is the claims port (8884) reachable?"),
-    # Minutes, from a slow card or over a slow link.
-    Limit("backbone", "enrolled", 15 * MINUTE, "is its backbone there and whole (`edge-agent doctor` checks it), or one assigned to it (`coordinator backbone list`)? While one is fetched, the device says how far it is"),
+    # Seconds from a card; 20 MB over a link of 10 kB/s take half an hour.
+    Limit("backbone", "enrolled", HOUR, BACKBONE_HINT),
+    Limit("backbone", "seen", HOUR, BACKBONE_HINT),
     # The agent reports as soon as it is connected, with a backbone or while it fetches one.
     Limit("seen", "enrolled", 15 * MINUTE, "it has its certificate, but no message came: does the agent run (`systemctl status mobillm-edge-agent`), is its backbone there, is the devices' port (8883) reachable?"),
     # One frame: a sample has to come first, and its frame is closed after seconds.
-    Limit("stored", "backbone", 30 * MINUTE, "has it samples ([[sources]]), and is there a tap plan (`coordinator plan show`)?"),
-    Limit("stored", "seen", 30 * MINUTE, "has it samples ([[sources]]), and is there a tap plan (`coordinator plan show`)?"),
+    Limit("stored", "backbone", 30 * MINUTE, STORED_HINT),
+    Limit("stored", "seen", 30 * MINUTE, STORED_HINT),
 )
 
 
