@@ -1,7 +1,7 @@
 """Which backbones are offered to whom, as retained messages, and the parts of those that are kept here.
 
 The artifact is hashed once per backbone; what cannot be sent is offered with the reason in place of a listing, so that the
-device can say it too.
+device can say it too. Known weakness: the broker keeps a listing (at most some 130 KB) after the last offer that names it is taken back.
 """
 
 from __future__ import annotations
