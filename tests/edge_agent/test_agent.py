@@ -225,8 +225,7 @@ def test_pause_and_resume_by_command_and_the_pause_outlives_a_restart(receiver, 
         wait_until(lambda: len(receiver.sample_ids()) == 5, 30, "before the pause")
         receiver.command(Command("0", "pause", time.time() - 60))
         receiver.command(Command("1", "pause", time.time() + 60))
-        wait_until(lambda: receiver.newest_health.paused, 10, "paused")
-        assert receiver.newest_health.reason == "paused by command"
+        wait_until(lambda: receiver.newest_health.paused and receiver.newest_health.reason == "paused by command", 10, "paused, and why")
     write_rows(rows, 5, start=5)
     with RunningAgent(settings(**options)):
         wait_until(lambda: receiver.newest_health.presence == "online" and receiver.newest_health.paused, 30, "still paused")
