@@ -79,7 +79,12 @@ def fill(store: Store, settings: CoordinatorSettings) -> None:
     devices = ("kitchen", "attic", "garage", "porch", "cellar", "studio")
     with store.write() as session:
         for n, device in enumerate(devices):
-            add_claim(session, f"claim-{n:016x}", device, serial=f"{n}", expires_at=start + timedelta(days=7), at=start - timedelta(minutes=n), actor="operator", group=("house", "garden")[n % 2])
+            add_claim(session, f"claim-{n:016x}", device, serial=f"{n}", expires_at=start + timedelta(days=7), at=start - timedelta(minutes=n + 1), actor="operator", group=("house", "garden")[n % 2])
+            spend_claim(session, f"claim-{n:016x}", key_digest=f"{n}", at=start + timedelta(seconds=81))
+            add_certificate(
+                session, serial=f"{n}", device=device, key_digest=f"{n}", pem=b"", issued_at=start + timedelta(seconds=81),
+                expires_at=start + timedelta(days=90), claim=f"claim-{n:016x}",
+            )
         insert_run(session, "run-1", {}, start)
         for step in range(1, 26):
             at, accuracy = start + timedelta(minutes=2 * step), 0.9 - 0.5 / step
@@ -97,8 +102,10 @@ def fill(store: Store, settings: CoordinatorSettings) -> None:
             for part in range(chance.choice((0, 1, 1, 2, 2, 3))):  # now more, now less, now nothing
                 sent[device] += 1
                 send(store, device, sent[device], start + timedelta(minutes=minute + 2, seconds=n + 15 * part))
+    steps = {"flashed": -35, "booted": 22, "configured": 51, "network": 66, "clock": 73, "enrolled": 82, "backbone": 104}
     for device in devices[:4]:
-        say(store, device, 2 * sent[device], checkpoint=2, throttled=device == "porch")
+        first_steps = {step: start.timestamp() + seconds for step, seconds in steps.items()}
+        say(store, device, 2 * sent[device], checkpoint=2, throttled=device == "porch", first_steps=first_steps)
 
 
 @pytest.mark.parametrize("path", PAGES)
