@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,7 @@ OUT_OF_REACH = (StoreUnavailable, OperationalError, InterfaceError, PoolTimeoutE
 
 _BUSY_TIMEOUT_SECONDS = 30.0
 _BUSY_TIMEOUT = f"PRAGMA busy_timeout = {int(_BUSY_TIMEOUT_SECONDS * 1000)}"
+_MODE_RETRY_SECONDS = 0.02
 _WAL_LIMIT_BYTES = 64 * 1024 * 1024
 # Any constant will do; it only has to be the same for every coordinator.
 _POSTGRESQL_WRITER_LOCK = 0x6D6F6269_6C6C6D
@@ -210,8 +212,7 @@ def _set_pragmas(connection: sqlite3.Connection) -> None:
 
 def set_writer_pragmas(connection: sqlite3.Connection, _record: object) -> None:
     _set_pragmas(connection)
-    # Readers see the last commit while one writes; a commit is one sequential write.
-    connection.execute("PRAGMA journal_mode = WAL")
+    _write_ahead(connection)
     # With NORMAL a power cut may take back commits, and a receipt would have been a lie.
     connection.execute("PRAGMA synchronous = FULL")
     # After a burst, give the log's disk space back.
@@ -220,6 +221,23 @@ def set_writer_pragmas(connection: sqlite3.Connection, _record: object) -> None:
     connection.execute("PRAGMA wal_autocheckpoint = 16384")
     # The index over sample ids is written at random places; keep it in memory (64 MiB).
     connection.execute("PRAGMA cache_size = -65536")
+
+
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """Readers see the last commit while one writes; a commit is one sequential write.
+
+    On a new file SQLite does not wait for another program that changes the mode at the same moment: it fails at once,
+    whatever the busy timeout. So the wait is here.
+    """
+    for left in reversed(range(int(_BUSY_TIMEOUT_SECONDS / _MODE_RETRY_SECONDS))):
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if not left or error.sqlite_errorname not in ("SQLITE_BUSY", "SQLITE_LOCKED"):
+                raise
+            time.sleep(_MODE_RETRY_SECONDS)
+        else:
+            return
 
 
 def _set_reader_pragmas(connection: sqlite3.Connection, _record: object) -> None:
