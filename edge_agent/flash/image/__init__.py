@@ -1,0 +1,1 @@
+"""Our own arm64 image: the recipe, and the list that lets Raspberry Pi Imager offer it."""
