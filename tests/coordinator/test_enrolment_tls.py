@@ -29,6 +29,8 @@ from side_tuning.wire.messages import Command, Health
 from tests.backbones.models import minilm_folder
 from tests.brokers import RunningBroker, free_port, mosquitto_program, needs_mosquitto
 from tests.coordinator.enrolling import Asker, certificate_of, listed
+from tests.flash.images import boot_file, make_image, needs_image_tools
+from tests.flash.test_first_boot import SYSTEMS
 from tests.tls_broker import BROKER_CONFIG, write_configuration
 from tests.waiting import wait_until
 
@@ -255,3 +257,37 @@ def test_a_flashed_device_shows_its_whole_way_to_the_first_stored_sample(fleet, 
     reported, stored = own.times(), {step["step"]: step["at"] for step in steps}
     assert reported is not None
     assert reported["network"] == pytest.approx(datetime.fromisoformat(stored["network"]).timestamp(), abs=5)
+
+
+@needs_image_tools
+def test_three_cards_are_three_devices_and_a_copied_card_is_refused(fleet, tmp_path):
+    """A batch with real bundles: each card's own claim lets one board in, under its own name; a second board with a copy of it is told no."""
+    names = ("shelf-one", "shelf-two", "shelf-three")
+    (tmp_path / "bundles").mkdir()
+    for name in names:
+        coordinator(fleet, "enrol", name, "--out", str(tmp_path / "bundles" / f"{name}.bundle.json"))
+    (tmp_path / "fleet.csv").write_text("device\n" + "\n".join(names) + "\n")
+    image = make_image(tmp_path / "os.img", SYSTEMS["cloud-init"], root_megabytes=1)
+    flashed = subprocess.run(
+        [
+            sys.executable, "-m", "edge_agent.cli", "flash", "--image", str(image), "--fleet", str(tmp_path / "fleet.csv"),
+            "--target", str(tmp_path / "card-{device}"), "--bundles", str(tmp_path / "bundles"), "--labels", str(tmp_path / "labels"),
+        ],
+        capture_output=True, text=True, timeout=120, check=False,
+    )
+    assert flashed.returncode == 0, flashed.stderr
+
+    subjects = set()
+    for number, name in enumerate(names):
+        (tmp_path / f"{name}.bundle").write_bytes(boot_file(tmp_path / f"card-{name}", "mobillm/device.bundle"))
+        bundle = read_bundle(tmp_path / f"{name}.bundle")
+        claim = Client(tmp_path / f"claim-{number}", bundle, bundle.claim_certificate.encode(), bundle.claim_key.encode(), port=bundle.claims_port)
+        board = Asker(claim.settings, bundle.claim, name)
+        subjects.add(certificate_of(board.ask("issued")).subject.rfc4514_string())
+        copy = Asker(claim.settings, bundle.claim, name)  # with a key of its own
+        answer = copy.ask()
+        assert (answer.status, answer.reason, answer.certificate) == ("refused", "claim-spent", b"")
+        board.stop()
+        copy.stop()
+    assert len(subjects) == 3
+    assert coordinator(fleet, "audit").count("certificate refused") >= 3
