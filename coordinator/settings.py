@@ -61,7 +61,7 @@ class PlanSettings(_Section):
     """What the devices send (METHOD: taps, codec). A change here becomes a new version of the fleet's tap plan."""
 
     blocks: int | None = Field(default=None, ge=1, le=MAX_BLOCKS)  # none: as deep as the shallowest registered backbone
-    max_blocks: int = Field(default=12, ge=1, le=MAX_BLOCKS)  # the cap when `blocks` is chosen for you; bytes grow with it
+    max_blocks: int = Field(default=2, ge=1, le=MAX_BLOCKS)  # the cap when `blocks` is chosen for you; bytes grow with it, accuracy hardly (docs/lab-notes.md)
     mode: Mode = "pooled"
     pooling: Pooling = "mean"
     codec: CodecName = "int4"
