@@ -31,7 +31,7 @@ Texts = str | tuple[str, str]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the adapters are trained. Chosen on a split of the training rows (`benchmarks.federated --choose`)."""
+    """How the adapters are trained: customary values, fixed beforehand and not searched for."""
 
     learning_rate: float = 2e-3
     batch_size: int = 16
