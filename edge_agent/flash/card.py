@@ -1,8 +1,8 @@
 """Writes an image to a card so that either all of it is there, checked, with the device's files, or the card does not boot.
 
 Order: the first block is blanked; everything but the first block is written, flushed and read back past the cache; the
-device's files go on the boot partition and each is read back; the first block (with the partition table) is written last.
-Whatever interrupts it leaves a card without a partition table.
+device's files are put together in memory, written, and every sector of that read back too, then each file by itself; the
+first block (with the partition table) is written last. Whatever interrupts it leaves a card without a partition table.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from edge_agent.flash.block_map import BlockMap, MappedChunks
 from edge_agent.flash.errors import FlashError
 from edge_agent.flash.fat import FatPartition
 from edge_agent.flash.images import ImageStream, open_image
-from edge_agent.flash.partitions import boot_partition
+from edge_agent.flash.partitions import SECTOR, boot_partition
 from edge_agent.flash.volume import CHUNK_BYTES, FileVolume, UncachedReader
 
 FIRST_BLOCK_BYTES = 4096
@@ -77,6 +78,8 @@ def write_card(
     """
     if not target.exists():
         target.touch()
+    if image.exists() and target.samefile(image):
+        raise FlashError(f"{target} is the image itself; give another --target")
     try:
         volume = FileVolume(target)
     except OSError as error:
@@ -86,23 +89,12 @@ def write_card(
         room = volume.size if target.is_block_device() else None
         if room is not None and total is not None and total > room:
             raise FlashError(f"{target} has {room:,} bytes, the image needs {total:,}; take a larger card")
-        position = 0
         try:
-            volume.write_at(0, bytes(FIRST_BLOCK_BYTES))
-            volume.sync()
-            first, pieces = b"", list[_Piece]()
-            mapped = MappedChunks(block_map) if block_map else None
-            for position, chunk in _positions(stream):
-                if room is not None and position + len(chunk) > room:
-                    raise FlashError(f"{target} has {room:,} bytes and the image more; take a larger card. {UNBOOTABLE}")
-                if position == 0:
-                    first = chunk[:FIRST_BLOCK_BYTES]
-                for start, content in mapped.cut(position, chunk) if mapped else ((position, chunk),):
-                    late = max(FIRST_BLOCK_BYTES - start, 0)  # what of it belongs to the first block
-                    pieces.append(_write_piece(volume, start, bytes(min(late, len(content))) + content[late:]))
-                progress("write", stream.size if total else stream.packed_read, total or stream.packed_size)
-            if mapped:
-                mapped.check()
+            _blank(volume)
+        except OSError as error:
+            raise FlashError(f"{_trouble(target, error, 0)} Nothing but its first block can have changed.") from error
+        try:
+            first, pieces = _write_but_first(stream, volume, room=room, block_map=block_map, total=total, progress=progress)
             _check_stream(stream, block_map, expected_sha256, expected_size)
             if room is None:
                 os.truncate(target, stream.size)  # a file ends where the image does, mapped or not
@@ -111,10 +103,53 @@ def write_card(
             files = _put_files(volume, target, first, customise) if customise else ()
             volume.write_at(0, first)
             volume.sync()
-        except OSError as error:
-            raise FlashError(f"{_trouble(target, error, position)} {UNBOOTABLE}") from error
-        _verify(target, [_Piece(0, len(first), _digest(first))], lambda *_: None)
+            _verify(target, [_Piece(0, len(first), _digest(first))], lambda *_: None)
+        except BaseException as error:
+            with suppress(OSError):
+                _blank(volume)  # the partition table may be there already
+            if isinstance(error, KeyboardInterrupt):
+                raise FlashError(f"interrupted. {UNBOOTABLE}") from error
+            if isinstance(error, OSError):
+                raise FlashError(f"{_trouble(target, error, stream.size)} {UNBOOTABLE}") from error
+            if isinstance(error, FlashError):
+                raise FlashError(f"{error}. {UNBOOTABLE}") from error
+            raise
         return Written(stream.size, stream.sha256, sum(piece.length for piece in pieces), files, past_cache)
+
+
+def read_file(target: Path, path: str) -> bytes | None:
+    """A file of the boot partition of what is in `target` now; None where there is no such file, or no such partition."""
+    try:
+        with UncachedReader(target) as reader:
+            card = _Held(reader.read_at, b"")
+            return FatPartition(card, boot_partition(card).start).read(path)
+    except (OSError, FlashError):
+        return None
+
+
+def _blank(volume: FileVolume) -> None:
+    volume.write_at(0, bytes(FIRST_BLOCK_BYTES))
+    volume.sync()
+
+
+def _write_but_first(
+    stream: ImageStream, volume: FileVolume, *, room: int | None, block_map: BlockMap | None, total: int | None, progress: Progress
+) -> tuple[bytes, list[_Piece]]:
+    """Everything but the first block, which is returned with what was written."""
+    first, pieces = b"", list[_Piece]()
+    mapped = MappedChunks(block_map) if block_map else None
+    for position, chunk in _positions(stream):
+        if room is not None and position + len(chunk) > room:
+            raise FlashError(f"{volume.path} has {room:,} bytes and the image more; take a larger card")
+        if position == 0:
+            first = chunk[:FIRST_BLOCK_BYTES]
+        for start, content in mapped.cut(position, chunk) if mapped else ((position, chunk),):
+            late = max(FIRST_BLOCK_BYTES - start, 0)  # what of it belongs to the first block
+            pieces.append(_write_piece(volume, start, bytes(min(late, len(content))) + content[late:]))
+        progress("write", stream.size if total else stream.packed_read, total or stream.packed_size)
+    if mapped:
+        mapped.check()
+    return first, pieces
 
 
 def _positions(stream: ImageStream) -> Iterator[tuple[int, bytes]]:
@@ -131,12 +166,12 @@ def _write_piece(volume: FileVolume, start: int, content: bytes) -> _Piece:
 
 def _check_stream(stream: ImageStream, block_map: BlockMap | None, expected_sha256: str | None, expected_size: int | None) -> None:
     if stream.size < FIRST_BLOCK_BYTES:
-        raise FlashError(f"image {stream.path} has {stream.size} bytes; that is no image. {UNBOOTABLE}")
+        raise FlashError(f"image {stream.path} has {stream.size} bytes; that is no image")
     stated = block_map.image_size if block_map else expected_size
     if stated is not None and stream.size != stated:
-        raise FlashError(f"image {stream.path} unpacks to {stream.size:,} bytes, not the {stated:,} expected; download it again. {UNBOOTABLE}")
+        raise FlashError(f"image {stream.path} unpacks to {stream.size:,} bytes, not the {stated:,} expected; download it again")
     if expected_sha256 is not None and stream.sha256 != expected_sha256.lower():
-        raise FlashError(f"image {stream.path} has the sha256 {stream.sha256}, not {expected_sha256.lower()}; download it again. {UNBOOTABLE}")
+        raise FlashError(f"image {stream.path} has the sha256 {stream.sha256}, not {expected_sha256.lower()}; download it again")
 
 
 def _verify(target: Path, pieces: list[_Piece], progress: Progress) -> bool:
@@ -149,7 +184,7 @@ def _verify(target: Path, pieces: list[_Piece], progress: Progress) -> bool:
             if _digest(content) != piece.digest:
                 raise FlashError(
                     f"{target} does not give back what was written to bytes {piece.start:,} to {piece.start + piece.length:,}: "
-                    f"the card or its reader is bad (a false capacity shows like this too). {UNBOOTABLE}"
+                    f"the card or its reader is bad (a false capacity shows like this too)"
                 )
             done += piece.length
             progress("verify", done, total)
@@ -157,35 +192,60 @@ def _verify(target: Path, pieces: list[_Piece], progress: Progress) -> bool:
 
 
 class _Held:
-    """The card as it will be: the first block comes from memory, since it is not on the card yet."""
+    """The card as it will be: its first block and what is put on it come from memory, since they are not on the card yet."""
 
-    def __init__(self, read_at: Callable[[int, int], bytes], write_at: Callable[[int, bytes], None] | None, first: bytes) -> None:
+    def __init__(self, read_at: Callable[[int, int], bytes], first: bytes) -> None:
         self._read_at = read_at
-        self._write_at = write_at
         self._first = first
+        self._sectors: dict[int, bytes] = {}
 
     def read_at(self, offset: int, length: int) -> bytes:
+        pieces = [self._read_at(offset + n, min(CHUNK_BYTES, length - n)) for n in range(0, length, CHUNK_BYTES)]
+        content = bytearray(b"".join(pieces))
+        if len(content) < length:
+            raise OSError(errno.EIO, f"the end came at byte {offset + len(content)}")
         if offset < len(self._first):
             held = self._first[offset : offset + length]
-            return held + (self._read_at(offset + len(held), length - len(held)) if len(held) < length else b"")
-        return b"".join(self._read_at(offset + n, min(CHUNK_BYTES, length - n)) for n in range(0, length, CHUNK_BYTES))
+            content[: len(held)] = held
+        for at in range(offset, offset + length, SECTOR) if self._sectors else ():
+            if (sector := self._sectors.get(at)) is not None:
+                content[at - offset : at - offset + SECTOR] = sector
+        return bytes(content)
 
     def write_at(self, offset: int, content: bytes) -> None:
-        if self._write_at is None or offset < len(self._first):
+        if offset < len(self._first):
             raise FlashError("the boot partition overlaps the partition table; this image is damaged")
-        self._write_at(offset, content)
+        assert offset % SECTOR == 0
+        assert len(content) % SECTOR == 0
+        for n in range(0, len(content), SECTOR):
+            self._sectors[offset + n] = content[n : n + SECTOR]
+
+    def stretches(self) -> Iterator[tuple[int, bytes]]:
+        """What was put on it, in ascending stretches of at most CHUNK_BYTES."""
+        start, run = 0, list[bytes]()
+        for at in sorted(self._sectors):
+            if run and (at != start + len(run) * SECTOR or len(run) * SECTOR >= CHUNK_BYTES):
+                yield start, b"".join(run)
+                run = []
+            if not run:
+                start = at
+            run.append(self._sectors[at])
+        if run:
+            yield start, b"".join(run)
 
 
 def _put_files(volume: FileVolume, target: Path, first: bytes, customise: Customise) -> tuple[str, ...]:
-    held = _Held(volume.read_at, volume.write_at, first)
+    held = _Held(volume.read_at, first)
     start = boot_partition(held).start
     written = customise(FatPartition(held, start))
+    pieces = [_write_piece(volume, offset, content) for offset, content in held.stretches()]
     volume.sync()
+    _verify(target, pieces, lambda *_: None)
     with UncachedReader(target) as reader:
-        again = FatPartition(_Held(reader.read_at, None, first), start)
+        again = FatPartition(_Held(reader.read_at, first), start)
         for path, content in written.items():
             if again.read(path) != content:
-                raise FlashError(f"{path} on the boot partition does not read back as it was written; the card is bad. {UNBOOTABLE}")
+                raise FlashError(f"{path} on the boot partition does not read back as it was written; the card is bad")
     return tuple(written)
 
 
@@ -208,6 +268,8 @@ def _open_words(target: Path, error: OSError) -> str:
 def _trouble(target: Path, error: OSError, position: int) -> str:
     if error.errno == errno.ENOSPC:
         return f"{target} is full near byte {position:,}; take a larger card, or free the disk."
+    if error.errno in (errno.EROFS, errno.EPERM):
+        return f"{target} is read-only ({error.strerror}); is the card's lock slid down?"
     if error.errno in (errno.ENODEV, errno.ENXIO, errno.EIO):
         return f"{target} vanished or failed near byte {position:,} ({error.strerror}); was the card pulled out?"
     return f"{target} cannot be written near byte {position:,}: {error.strerror}."

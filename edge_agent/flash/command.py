@@ -26,6 +26,7 @@ from typing_extensions import Self
 from edge_agent.flash.block_map import block_map_beside, read_block_map
 from edge_agent.flash.card import Written, write_card
 from edge_agent.flash.disks import Disk, check_target, list_disks, refusals
+from edge_agent.flash.eject import eject
 from edge_agent.flash.errors import FlashError
 from edge_agent.flash.first_boot import BACKBONE, CardPlan, Wifi, put_files
 from side_tuning.backbone_manifest import FINGERPRINTED, MANIFEST, BackboneError, check_artifact
@@ -110,6 +111,8 @@ def flash(options: FlashOptions, console: Console, ask: Callable[[str], str] = g
         console.print(f"The backbone in {options.backbone} ({size:,} bytes) {said}.")
     if not written.read_past_cache:
         console.print("The target's file system has no uncached reading, so the reading back proves less than on a card.")
+    if disk is not None:
+        console.print(eject(options.target.resolve()))
     console.print(f"sha256 of the image: {written.image_sha256}")
     return written
 

@@ -230,7 +230,7 @@ def _firstrun(plan: CardPlan) -> bytes:
     lines = [
         "#!/bin/bash",
         "# Written by edge-agent flash. Runs once, then wipes itself.",
-        "set +e",
+        "{  # read to its end before it runs, since it overwrites itself",
         f"custom={custom}",
         'if [ ! -x "$custom" ]; then',
         "  # Later images dropped this helper; they are set up by cloud-init, and must not come here.",
@@ -258,6 +258,7 @@ def _firstrun(plan: CardPlan) -> bytes:
         "  fi",
         "done",
         "exit 0",
+        "}",
     ]
     return ("\n".join(lines) + "\n").encode()
 
@@ -280,7 +281,9 @@ def _preseed(plan: CardPlan) -> bytes:
             sections["wlan"] |= {"password": plan.wifi.key, "password_encrypted": True}
     if plan.timezone:
         sections["locale"] = {"timezone": plan.timezone}
-    sections["runcmd"] = {"early": [f"sh /boot/firmware/{SCRIPT}"]}
+    # Early, so that it depends on no network; its five seconds are too short for a backbone. Late again, for what was cut off.
+    run = [f"sh /boot/firmware/{SCRIPT}"]
+    sections["runcmd"] = {"early": run, "early_cmd_timeout": 25, "late": run, "late_require_time_sync": False, "late_wait_for_apt_lock": False}
     lines = ['config_version = "1.1"']
     for name, values in sections.items():
         lines += ["", f"[{name}]", *(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items())]

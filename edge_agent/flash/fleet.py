@@ -8,6 +8,8 @@ disk, and a device whose bundle is the one of that line is not made again.
 from __future__ import annotations
 
 import csv
+import functools
+import getpass
 import io
 import json
 import os
@@ -18,9 +20,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from edge_agent.flash.card import read_file
 from edge_agent.flash.command import FlashOptions, flash
 from edge_agent.flash.disks import list_disks
 from edge_agent.flash.errors import FlashError
+from edge_agent.flash.first_boot import MANIFEST as MANIFEST_ON_CARD
 from side_tuning.backbone_manifest import MANIFEST
 from side_tuning.bundle import BundleError, read_bundle
 from side_tuning.wire.bounded import FrameError
@@ -150,21 +154,38 @@ def flash_fleet(
     if skipped := len(rows) - len(waiting):
         console.print(f"{skipped} of {len(rows)} cards are made already ({ledger.path})")
     per_device = "{device}" in str(common.target)
+    made_claims = {row.claim: row.device for row in rows if row not in waiting}
+    ask = functools.cache(getpass.getpass)  # one network's passphrase is asked for once, not per card
     for number, row in enumerate(waiting, 1):
         target = Path(str(common.target).replace("{device}", row.device))
         console.print(f"card {number} of {len(waiting)}: [bold]{row.device}[/]")
         if number > 1 and not per_device:
             wait_for_card(row.device, target, console)
+        while not per_device and (finished := made_claims.get(_claim_on(target) or "")):
+            console.print(f"the card in {target} is still that of [bold]{finished}[/], which is finished; it is not overwritten")
+            wait_for_card(row.device, target, console)
         ledger.note("begun", row.device, claim=row.claim, target=str(target))
         try:
-            written = flash(_options(common, row, target, fleet.parent), console)
+            written = flash(_options(common, row, target, fleet.parent), console, ask)
         except FlashError as error:
             ledger.note("failed", row.device, claim=row.claim, reason=str(error))
             raise FlashError(f"{row.device}: {error}\n{made} cards were made; run the same command again to go on with this one") from error
         ledger.note("made", row.device, claim=row.claim, target=str(target), image_sha256=written.image_sha256)
         write_label(labels, row.device, row.claim, row.values.get("hostname", row.device))
+        made_claims[row.claim] = row.device
         made += 1
     return made
+
+
+def _claim_on(target: Path) -> str | None:
+    """Whose card is in there: the claim in the manifest that a finished card carries."""
+    if not target.exists() or (content := read_file(target, MANIFEST_ON_CARD)) is None:
+        return None
+    try:
+        found = json.loads(content)
+    except ValueError:
+        return None
+    return str(found.get("claim")) if isinstance(found, dict) else None
 
 
 def _options(common: FlashOptions, row: FleetRow, target: Path, folder: Path) -> FlashOptions:

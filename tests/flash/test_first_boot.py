@@ -125,7 +125,7 @@ def test_preseed_is_valid_toml(tmp_path: Path):
     assert told["wlan"]["ssid"] == "Küche 'n' Bar"
     assert told["wlan"]["password_encrypted"] is True
     assert told["user"] == {"name": "ann", "password": "$6$salt$hash", "password_encrypted": True}
-    assert told["runcmd"]["early"] == ["sh /boot/firmware/mobillm/first-boot.sh"]
+    assert told["runcmd"]["early"] == told["runcmd"]["late"] == ["sh /boot/firmware/mobillm/first-boot.sh"]
 
 
 @needs_image_tools

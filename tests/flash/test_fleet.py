@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from edge_agent.cli import app
+from edge_agent.flash.command import FlashOptions
 from edge_agent.flash.errors import FlashError
-from edge_agent.flash.fleet import Ledger, read_fleet
+from edge_agent.flash.fleet import Ledger, flash_fleet, read_fleet
 from tests.flash.images import boot_file, make_image, needs_image_tools
 from tests.flash.test_first_boot import SYSTEMS, make_bundle
 
@@ -125,3 +127,23 @@ def test_a_ledger_that_the_power_cut_short_is_read(tmp_path: Path):
     assert not ledger.made("kitchen", "c2")
     ledger.note("made", "study", claim="c3")
     assert Ledger(path).made("study", "c3")
+
+
+@needs_image_tools
+def test_a_finished_card_that_was_left_in_is_not_overwritten(fleet: Path):
+    """In one reader: the person presses Enter and forgets to change the card."""
+    folder = fleet.parent
+    image = make_image(folder / "os.img", SYSTEMS["cloud-init"], root_megabytes=1)
+    reader, waits = folder / "reader", list[str]()
+
+    def forgetful(device: str, target: Path, console: Console) -> None:
+        waits.append(device)
+        if waits.count(device) == 2:
+            target.rename(folder / f"done-{len(waits)}")  # now it is taken out
+
+    options = FlashOptions(image, reader, Path())
+    made = flash_fleet(fleet, options, Console(), bundles=folder / "bundles", labels=folder / "labels", wait_for_card=forgetful)
+    assert made == 3
+    assert waits == ["bedroom", "bedroom", "study", "study"]
+    cards = [folder / "done-2", folder / "done-4", reader]
+    assert [json.loads(boot_file(card, "mobillm/flashed.json"))["device"] for card in cards] == list(DEVICES)
