@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import statistics
 import subprocess
@@ -22,8 +21,11 @@ from pathlib import Path
 
 import httpx
 import psutil
+from rich.console import Console
+from rich.table import Table
 from sqlalchemy import insert
 
+from benchmarks.figures import write_json
 from coordinator.store.engine import Store
 from coordinator.store.health import record_health
 from coordinator.store.ingest import insert_frames
@@ -305,9 +307,13 @@ def main() -> None:
             figures["ingest_slowdown"] = round(1 - statistics.median(b / a for a, b in zip(alone, watched, strict=True)), 4)
         figures["load_average_after"] = os.getloadavg()[0]
         store.close()
-    print(json.dumps(figures, indent=1))
+    table = Table("figure", "value", title="Dashboard", title_justify="left")
+    for what, value in figures.items():
+        table.add_row(what, str(value))
+    Console().print(table)
     if given.json:
-        given.json.write_text(json.dumps(figures, indent=1) + "\n")
+        options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()}
+        write_json(given.json, figures, [], [], options)
 
 
 if __name__ == "__main__":

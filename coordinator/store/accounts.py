@@ -39,10 +39,9 @@ def open_spools(session: Session, devices: dict[str, Device], keys: Iterable[tup
     """The rows of these (device, spool) pairs, made where missing; `devices` holds every device named."""
     wanted = set(keys)
     names = {device.id: name for name, device in devices.items()}
-    found = session.scalars(
-        select(Spool).where(Spool.device_id.in_({devices[name].id for name, _ in wanted}), Spool.spool.in_({spool for _, spool in wanted}))
-    )
-    spools = {(names[row.device_id], row.spool): row for row in found}
+    # By device alone: a device has few spools, and pairs would be looked up as all devices times all spools.
+    found = session.scalars(select(Spool).where(Spool.device_id.in_({devices[name].id for name, _ in wanted})))
+    spools = {key: row for row in found if (key := (names[row.device_id], row.spool)) in wanted}
     for name, spool in sorted(wanted - spools.keys()):
         spools[name, spool] = Spool(device_id=devices[name].id, spool=spool, created_at=seen_at)
         session.add(spools[name, spool])

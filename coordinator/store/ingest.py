@@ -11,6 +11,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
+from itertools import chain
 from typing import Literal
 
 from sqlalchemy import func, select, tuple_, update
@@ -26,6 +28,9 @@ from coordinator.store.receipts import receipts_for
 from coordinator.store.rejections import RejectedMessage, has_identity, insert_rejection, keep_rejected
 from coordinator.store.timestamps import from_seconds, to_seconds
 from side_tuning.wire.frame import Frame, Part
+
+# 7 values a row; SQLite takes 32766 in a statement. Few different sizes, so that the driver keeps them prepared.
+_ROWS_A_STATEMENT = 512
 
 Outcome = Literal["stored", "duplicate", "rejected", "part"]
 # Why a frame must not be accepted, or None. The gateway's rules (registered backbone, known plan, shapes).
@@ -108,6 +113,15 @@ def _identity(item: ReceivedFrame) -> tuple[str | None, int | None]:
     if item.frame is not None:
         return item.frame.spool, item.frame.sequence
     return item.spool, item.sequence
+
+
+@cache
+def _insert_samples_sql(mark: str, rows: int) -> str:
+    row = f"({', '.join([mark] * 7)})"
+    return (
+        "INSERT INTO samples (frame_id, position, device_id, sample_id, label, split, tokens) "  # noqa: S608 - no input in it
+        f"VALUES {', '.join([row] * rows)} ON CONFLICT (device_id, sample_id) DO NOTHING"
+    )
 
 
 class _Batch:
@@ -269,13 +283,13 @@ class _Batch:
             for position, sample in enumerate(whole.frame.samples)
         ]
         # Thousands of rows a batch: straight to the driver, since SQLAlchemy's handling of each row costs as much as
-        # the database's.
+        # the database's; and many rows to a statement, since SQLite's driver gives up the interpreter's lock for each
+        # statement, and the network thread would take it each time.
         mark = "?" if self.session.get_bind().dialect.paramstyle == "qmark" else "%s"
-        statement = (
-            "INSERT INTO samples (frame_id, position, device_id, sample_id, label, split, tokens) "  # noqa: S608 - no input in it
-            f"VALUES ({', '.join([mark] * 7)}) ON CONFLICT (device_id, sample_id) DO NOTHING"
-        )
-        self.session.connection().exec_driver_sql(statement, rows)
+        connection = self.session.connection()
+        for start in range(0, len(rows), _ROWS_A_STATEMENT):
+            some = rows[start : start + _ROWS_A_STATEMENT]
+            connection.exec_driver_sql(_insert_samples_sql(mark, len(some)), tuple(chain.from_iterable(some)))
         # There is one writer, so every row above `before` is ours: a short range instead of an index over frames.
         counted = select(SampleRow.frame_id, func.count()).where(SampleRow.id > before).group_by(SampleRow.frame_id)
         return {frame_id: samples for frame_id, samples in self.session.execute(counted)}  # noqa: C416 - a Row is no pair to mypy

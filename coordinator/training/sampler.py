@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -61,6 +62,9 @@ class Sampler:
         self._counts = GrowingArray(np.int32)
         self._stored: dict[int, dict[int, int]] = {}  # device -> label -> samples
         self._open: dict[int, dict[int, GrowingArray]] = {}  # the same, samples below the cap; ascending numbers
+        self._changed: set[int] = set()  # devices whose tables no longer hold
+        self._classes: dict[int, tuple[list[int], list[float]]] = {}
+        self._weights: dict[int, float] = {}
         self._tables: _Tables | None = None
 
     @property
@@ -89,13 +93,18 @@ class Sampler:
         if not len(devices):
             return
         numbers = np.arange(first, first + len(devices))
-        for device, label in np.unique(np.stack([devices, labels], axis=1), axis=0).tolist():
-            here = (devices == device) & (labels == label)
+        # Sorted once and cut where device or label changes: a resumed run adds a million samples of thousands of devices.
+        order = np.lexsort((labels, devices))  # stable: numbers ascend within a cell
+        devices, labels, numbers, below = devices[order], labels[order], numbers[order], (drawn < self._replay_cap)[order]
+        starts = np.flatnonzero(np.diff(devices, prepend=devices[0]) | np.diff(labels, prepend=labels[0]))
+        bounds = [0, *starts.tolist(), len(order)]
+        for start, end in pairwise(bounds):
+            device, label = int(devices[start]), int(labels[start])
             stored = self._stored.setdefault(device, {})
-            stored[label] = stored.get(label, 0) + int(here.sum())
+            stored[label] = stored.get(label, 0) + end - start
             cell = self._open.setdefault(device, {}).setdefault(label, GrowingArray(np.int64))
-            cell.append(numbers[here & (drawn < self._replay_cap)])
-        self._tables = None
+            cell.append(numbers[start:end][below[start:end]])
+            self._changed.add(device)
 
     def shares(self) -> dict[int, float]:
         """The share of each device in the next batch."""
@@ -130,19 +139,24 @@ class Sampler:
         if counts[taken] >= self._replay_cap:
             cell.remove(taken)
             if not len(cell):
-                self._tables = None
+                self._changed.add(device)
         return taken
 
     def _tabulate(self) -> _Tables:
-        if self._tables is None:
-            classes = {}
-            for device in sorted(self._open):
+        """Anew only for the devices whose samples changed: a fleet of thousands sends a frame between any two batches."""
+        if self._tables is None or self._changed:
+            for device in self._changed:
+                stored = self._stored[device]
                 labels = sorted(label for label, cell in self._open[device].items() if len(cell))
                 if labels:
-                    stored = self._stored[device]
-                    classes[device] = (labels, _bounds([stored[label] ** self._class_tau for label in labels]))
-            weights = [sum(self._stored[device].values()) ** self._tau for device in classes]
-            self._tables = _Tables(list(classes), _bounds(weights), classes)
+                    self._classes[device] = (labels, _bounds([stored[label] ** self._class_tau for label in labels]))
+                    self._weights[device] = sum(stored.values()) ** self._tau
+                else:
+                    self._classes.pop(device, None)
+                    self._weights.pop(device, None)
+            self._changed.clear()
+            devices = sorted(self._classes)
+            self._tables = _Tables(devices, _bounds([self._weights[device] for device in devices]), self._classes)
         return self._tables
 
 

@@ -1,0 +1,58 @@
+"""The benchmarks of ingest, trainer and arrivals run with tiny settings, and their files hold what the documentation promises."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.brokers import needs_mosquitto
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def written_by(name: str, folder: Path, *options: str) -> dict[str, Any]:
+    path = folder / f"{name}.json"
+    subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--json", str(path), *options], cwd=ROOT, check=True, timeout=240)
+    content: dict[str, Any] = json.loads(path.read_text())
+    assert content["machine"]["cores"] >= 1
+    assert content["versions"]["python"]
+    assert content["seeds"] == [0]
+    assert all(set(bar) == {"name", "value", "bar", "holds"} and bar["value"] > 0 for bar in content["bars"])
+    return content
+
+
+@pytest.mark.slow
+@needs_mosquitto
+def test_ingest_measures_both_sides_and_every_device_is_receipted(tmp_path):
+    content = written_by("ingest", tmp_path, "--sizes", "20000", "--devices", "5", "--rounds", "1", "--megabytes", "0.4", "--idle-frames", "5")
+    assert [bar["name"] for bar in content["bars"]] == ["gateway_vs_limit", "durable_ingest", "idle_commit_p99_ms"]
+    (cell,) = content["figures"]["cells"]
+    assert cell["gateway"]["receipted_devices"] == [5, 5]
+    assert cell["gateway"]["frame_bytes_sent"] == pytest.approx(20_000, rel=0.1)
+    for side in ("gateway", "limit"):
+        assert cell[side]["frames_a_second"] > 0
+        assert cell[side]["broker_peak_rss_mb"] > 1
+        assert 0 < content["figures"]["latency"]["idle"][side]["latency_p50_ms"] <= content["figures"]["latency"]["idle"][side]["latency_p99_ms"]
+
+
+@pytest.mark.slow
+def test_trainer_is_measured_beside_its_limit(tmp_path):
+    content = written_by("trainer", tmp_path, "--samples", "1280", "--rounds", "2", "--steps", "3")
+    assert [bar["name"] for bar in content["bars"]] == ["trainer_vs_limit"]
+    (speed,), (memory,) = content["figures"]["speed"], content["figures"]["memory"]
+    assert speed["samples_stored"] == memory["samples"] == 1280
+    assert memory["rss_mb"] >= memory["pss_mb"] > 10
+    assert all(seconds > 0 for seconds in content["figures"]["first_use_seconds"])
+
+
+@pytest.mark.slow
+def test_arrivals_are_measured_for_each_fleet(tmp_path):
+    content = written_by("arrivals", tmp_path, "--devices", "3", "30", "--frames", "32", "--samples", "500", "--batches", "5")
+    rows = content["figures"]["by_devices"]
+    assert [row["devices"] for row in rows] == [3, 30]
+    assert all(value > 0 for row in rows for value in row.values())
