@@ -16,7 +16,7 @@ from pathlib import Path
 from edge_agent.flash.image import root as roots
 from edge_agent.flash.image.disk import make_disk
 from edge_agent.flash.image.os_list import os_list, write_os_list
-from edge_agent.flash.image.tree import EPOCH, ImageError, cache_folder, debian_tree, packages, run
+from edge_agent.flash.image.tree import ImageError, cache_folder, debian_tree, packages, run
 
 NAME = "mobillm-fleet-arm64"
 
@@ -54,7 +54,7 @@ def build(out: Path, *, cache: Path, backbone: Path | None, base_url: str) -> Pa
     packed = image.with_suffix(".img.zst")
     say("packing")
     run(["zstd", "--quiet", "--force", "-12", "-T0", str(image), "-o", str(packed)])
-    write_os_list(out / "os_list.json", os_list(image, packed, f"{base_url.rstrip('/')}/{packed.name}", datetime.fromtimestamp(EPOCH, timezone.utc)))
+    write_os_list(out / "os_list.json", os_list(image, packed, f"{base_url.rstrip('/')}/{packed.name}", datetime.now(timezone.utc)))
     shutil.rmtree(work)
     say(f"{image}: {image.stat().st_size:,} bytes, packed {packed.stat().st_size:,}")
     return image

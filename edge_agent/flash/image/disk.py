@@ -85,7 +85,7 @@ def _make_fat(image: Path, part: Part, folder: Path) -> None:
 def _make_ext4(image: Path, part: Part, folder: Path, name: str) -> None:
     identity = str(uuid.uuid5(_NAMESPACE, name))
     run(
-        ["mke2fs", "-q", "-t", "ext4", "-d", str(folder), "-L", name, "-U", identity, "-E", f"hash_seed={identity},offset={part.start},root_owner=0:0", "-O", "^metadata_csum_seed", str(image), f"{part.size // 1024}k"],
+        ["mke2fs", "-q", "-t", "ext4", "-b", "4096", "-i", "16384", "-d", str(folder), "-L", name, "-U", identity, "-E", f"hash_seed={identity},offset={part.start},root_owner=0:0", "-O", "^metadata_csum_seed", str(image), f"{part.size // 1024}k"],
         environment={"E2FSPROGS_FAKE_TIME": str(EPOCH)},
     )
     _set_inode_times(f"{image}?offset={part.start}", sum(1 for _ in folder.rglob("*")))

@@ -83,6 +83,8 @@ def configure(root: Path, backbone: Path | None = None) -> None:
         (root / "usr/bin/py3compile").unlink()
         with chroot(root) as inside:
             inside(["dpkg-divert", "--local", "--rename", "--remove", "/usr/bin/py3compile"])
+    with chroot(root) as inside:
+        inside(["systemd-sysusers"])  # the first boot makes no users: the stamps below tell it that all is done
     for stamp in ("etc/.updated", "var/.updated"):
         (root / stamp).touch()  # spares the first boot what the build has done
     set_times(root)
