@@ -136,6 +136,26 @@ class Norm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
 
 
+class RealTokens:
+    """Between padded (B, T, C), which attention needs, and the real tokens alone (N, C), which are enough for all else."""
+
+    def __init__(self, attention_mask: Tensor) -> None:
+        self.shape = attention_mask.shape
+        self.places = attention_mask.flatten().nonzero().flatten()
+        self.padded = len(self.places) < attention_mask.numel()
+
+    def pack(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        return rows.index_select(0, self.places) if self.padded else rows
+
+    def pad(self, rows: Tensor) -> Tensor:
+        """Inverse of `pack`; padding becomes zeros."""
+        B, T = self.shape
+        if self.padded:
+            rows = rows.new_zeros(B * T, rows.shape[1]).index_copy_(0, self.places, rows)
+        return rows.reshape(B, T, -1)
+
+
 class Block(nn.Module):
     """One transformer block, the norms before (`pre_norm`) or after its two halves."""
 
@@ -157,28 +177,31 @@ class Block(nn.Module):
         self.heads = _first(config, "num_attention_heads", "n_head")
         self.activation = ACTIVATIONS[_first(config, "hidden_act", "activation_function")]
 
-    def forward(self, x: Tensor, mask: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(self, x: Tensor, real: RealTokens, mask: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        x = real.pack(x)
         if self.pre_norm:
-            x = x + self._attention(self.attention_norm(x), mask, rotary)
-            return x + self._mlp(self.mlp_norm(x))
-        x = self.attention_norm(x + self._attention(x, mask, rotary))
-        return self.mlp_norm(x + self._mlp(x))
+            x = x + self._attention(self.attention_norm(x), real, mask, rotary)
+            x = x + self._mlp(self.mlp_norm(x))
+        else:
+            x = self.attention_norm(x + self._attention(x, real, mask, rotary))
+            x = self.mlp_norm(x + self._mlp(x))
+        return real.pad(x)
 
-    def _attention(self, x: Tensor, mask: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        B, T, _ = x.shape
+    def _attention(self, x: Tensor, real: RealTokens, mask: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        B, T = real.shape
         assert self.query is not None
         if self.key is None or self.value is None:
             q, k, v = self.query(x).chunk(3, dim=-1)
         else:
             q, k, v = self.query(x), self.key(x), self.value(x)
         head_width = q.shape[-1] // self.heads
-        q, k, v = (part.view(B, T, -1, head_width).transpose(1, 2) for part in (q, k, v))  # (B, heads, T, head_width)
+        q, k, v = (real.pad(part).view(B, T, -1, head_width).transpose(1, 2) for part in (q, k, v))  # (B, heads, T, head_width)
         if rotary is not None:
             q, k = _rotate(q, rotary), _rotate(k, rotary)
         if k.shape[1] != self.heads:  # several query heads share a key head
             k, v = (part.repeat_interleave(self.heads // part.shape[1], dim=1) for part in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.attention_out(out.transpose(1, 2).reshape(B, T, -1))
+        return self.attention_out(real.pack(out.transpose(1, 2).reshape(B, T, -1)))
 
     def _mlp(self, x: Tensor) -> Tensor:
         assert self.up is not None
@@ -234,8 +257,9 @@ class PlainTransformer(nn.Module):
         mask = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T)
         if self.causal:
             mask = mask & torch.ones(T, T, dtype=torch.bool).tril()
+        real = RealTokens(attention_mask)
         for block in self.blocks:
-            x = block(x, mask, rotary)
+            x = block(x, real, mask, rotary)
 
 
 def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

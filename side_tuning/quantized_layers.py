@@ -1,6 +1,6 @@
 """Layers that compute with quantized weights as optimum-quanto stores them, in plain torch operations.
 
-They give what quanto's own layers give: int8 bit for bit, int4 up to float noise. Quanto itself stays off the device: it
+They give what quanto's own layers give, up to float noise (1e-6 of an output). Quanto itself stays off the device: it
 is slow to import, and its int4 layers fail under `inference_mode` on torch 2.13 ("Cannot set version_counter for inference tensor").
 Nothing here needs a compiler.
 """
@@ -28,8 +28,10 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.linear(x, self.scale * self.data)
-        return out if self.bias is None else out + self.bias
+        # The scales go onto the outputs: fewer than the weights, and an integer becomes a float without an error.
+        out = F.linear(x, self.data.to(x.dtype))
+        scale = self.scale.flatten()
+        return out.mul_(scale) if self.bias is None else torch.addcmul(self.bias, out, scale)
 
 
 class Int4Linear(nn.Module):
