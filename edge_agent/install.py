@@ -26,6 +26,7 @@ STATE = Path("var/lib/mobillm-fleet")
 DEFAULT_PROGRAM = Path("/opt/mobillm-fleet/bin/edge-agent")
 
 _UNIT_PLACE = Path("etc/systemd/system") / UNIT
+_UPDATED = Path("etc/.updated")
 _WANTS = Path("etc/systemd/system/multi-user.target.wants") / UNIT
 _SYSUSERS = Path("etc/sysusers.d/mobillm-fleet.conf")
 _TMPFILES = Path("etc/tmpfiles.d/mobillm-fleet.conf")
@@ -85,6 +86,10 @@ def install(plan: Plan, run: Callable[[Sequence[str]], None] | None = None) -> l
         execute(["systemd-tmpfiles", "--create", str(Path("/") / _TMPFILES)])
         execute(["systemctl", "daemon-reload"])
         execute(["systemctl", "restart", UNIT])
+    elif changes and (plan.root / _UPDATED).exists():
+        # With this stamp in the tree, systemd-sysusers skips the first boot and the agent would have no user.
+        (plan.root / _UPDATED).unlink()
+        changes.append(f"removed {_UPDATED}: the first boot makes the agent's user")
     return changes
 
 

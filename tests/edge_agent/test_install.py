@@ -51,6 +51,16 @@ def test_a_tree_gets_everything_once(tree: Path, tmp_path: Path):
     assert contents(tree) == first
 
 
+def test_a_tree_that_counts_as_updated_still_gets_its_user_at_the_first_boot(tree: Path, tmp_path: Path):
+    """systemd-sysusers has ConditionNeedsUpdate=/etc: it runs where this stamp is missing or older than /usr."""
+    (tree / "etc" / ".updated").touch()
+    runner = CliRunner()
+    result = runner.invoke(app, arguments(tree, tmp_path))
+    assert "removed etc/.updated" in result.output
+    assert not (tree / "etc" / ".updated").exists()
+    assert runner.invoke(app, arguments(tree, tmp_path)).output == "nothing to do\n"
+
+
 def test_what_was_changed_is_repaired_but_settings_are_left_alone(tree: Path, tmp_path: Path):
     runner = CliRunner()
     runner.invoke(app, arguments(tree, tmp_path))
