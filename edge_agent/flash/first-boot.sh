@@ -61,7 +61,8 @@ done
 
 # For the agent's report of this first boot (edge_agent/first_steps.py). As seconds into it: the date may still be of 1970.
 if [ -f "$here/flashed.json" ] && ! cmp -s "$here/flashed.json" "$state/flashed.json"; then
-  cp "$here/flashed.json" "$state/flashed.json"
+  # Not cp: it would keep the mode of a FAT partition that only root may read, and the agent is not root.
+  (umask 022 && cat "$here/flashed.json" > "$state/flashed.json")
 fi
 [ -s "$state/first-boot" ] || echo "$(cat /proc/sys/kernel/random/boot_id) $(cut -d ' ' -f 1 /proc/uptime)" > "$state/first-boot"
 

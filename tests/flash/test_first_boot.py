@@ -207,6 +207,7 @@ def test_nothing_secret_is_left_on_the_partition_after_first_boot(tmp_path: Path
     subprocess.run(["mcopy", "-s", "-i", f"{path}@@{4 * 1024 * 1024}", "::/*", boot], check=True)
     bundle = (boot / "mobillm" / "device.bundle").read_bytes()
     (boot / "mobillm" / "agent.toml").write_text("settings")
+    (boot / "mobillm" / "flashed.json").chmod(0o700)  # as on a FAT partition that only root may read
     for _ in range(2):
         result = run_script(boot, state)
         assert result.returncode == 0, result.stderr
@@ -222,6 +223,7 @@ def test_nothing_secret_is_left_on_the_partition_after_first_boot(tmp_path: Path
             assert b"$6$salt$hash" not in content, file
     assert "bundle moved" in (boot / "mobillm" / "applied.txt").read_text()
     assert (boot / "mobillm" / "flashed.json").read_bytes() == (state / "flashed.json").read_bytes()
+    assert (state / "flashed.json").stat().st_mode & 0o777 == 0o644  # the agent is not root
     times = FirstSteps(state).times()
     assert times is not None
     assert list(times) == ["flashed", "configured", "booted"]
