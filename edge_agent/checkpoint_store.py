@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge_agent.spool_file import sync_folder
 from side_tuning.wire.bounded import FrameError
 from side_tuning.wire.messages import Blob, CheckpointManifest, SignedManifest
 
@@ -113,7 +114,7 @@ class CheckpointStore:
         staged.mkdir(parents=True)
         for name, content in ((LADDER, ladder), (ALIGNMENT, alignment), (MANIFEST, signed)):
             write_file(staged / name, content)
-        _fsync_folder(staged)
+        sync_folder(staged)
         return staged
 
     def activate(self, staged: Path, generation: int) -> Path:
@@ -123,7 +124,7 @@ class CheckpointStore:
         shutil.rmtree(folder, ignore_errors=True)  # left by a crash between rename and marker
         staged.rename(folder)
         write_file(self.folder / CURRENT, f"{generation}\n".encode())
-        _fsync_folder(self.folder)
+        sync_folder(self.folder)
         for old in self.folder.iterdir():
             if old.name not in (str(generation), str(previous), CURRENT):
                 shutil.rmtree(old, ignore_errors=True)
@@ -178,11 +179,3 @@ def _has_size(path: Path, size: int) -> bool:
         return path.stat().st_size == size
     except OSError:
         return False
-
-
-def _fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

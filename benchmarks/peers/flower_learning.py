@@ -23,7 +23,7 @@ from benchmarks.peers.lora import accuracy
 
 
 class OneProcess(Grid):
-    """Hands every message to the ClientApp at once."""
+    """Hands every message to the ClientApp at once. Flower's base class wants the rest too; FedAvg calls none of it."""
 
     def __init__(self, job: str, devices: int) -> None:
         self._contexts = {
