@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from side_tuning.wire.bounded import FrameError
 from side_tuning.wire.codecs import MAX_GROUP, MAX_WIDTH, check_vectors, encoded_bytes
@@ -31,6 +31,7 @@ from side_tuning.wire.messages import (
     Pooling,
     check_fingerprint,
 )
+from side_tuning.wire.token_ids import TokenIds
 from side_tuning.wire.topics import check_device_name
 
 Split = Literal["train", "held-out"]
@@ -38,6 +39,7 @@ Split = Literal["train", "held-out"]
 MAX_SAMPLES = 4096
 MAX_TOKENS = 1_000_000
 MAX_PARTS = 65_535
+LARGEST_TARGET = 1e6
 MIN_PART_BYTES = 1024  # room for the header of a part with the longest names
 _MAX_COUNT = 2**53  # the largest whole number that every language and JSON keeps exactly
 _SPOOL = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -52,6 +54,8 @@ class SampleInfo:
     label: int | None
     split: Split
     tokens: int  # `sequence` mode: rows of this sample in every tap; `pooled` mode: real tokens, for information
+    target: float | None = None  # `regression`
+    supervised_from: int = 0  # `causal-lm`: the first of its rows whose next token the loss sits on; all after it are too
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class Frame:
     produced: int  # samples that this spool has produced so far, this frame's included (loss ledger)
     samples: tuple[SampleInfo, ...]
     taps: tuple[Tap, ...]
+    token_ids: TokenIds | None = None  # `causal-lm`: what stood at each row, and the token after the last
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,7 @@ class Identity:
 
 def encode_frame(frame: Frame) -> bytes:
     """The payload of `frame`; refuses with `FrameError` whatever `decode_frame` would refuse."""
-    raw = b"".join(tap.data for tap in frame.taps)
+    raw = b"".join(tap.data for tap in frame.taps) + (frame.token_ids.data if frame.token_ids else b"")
     if len(raw) > MAX_BODY_BYTES:
         raise FrameError(f"the taps take {len(raw)} bytes, a frame holds {MAX_BODY_BYTES}; put fewer samples in it")
     compression, body = compress(raw)
@@ -130,6 +135,8 @@ def encode_frame(frame: Frame) -> bytes:
         "raw_bytes": len(raw),
         "compression": compression,
     }
+    if frame.token_ids:
+        header["token_bytes"] = frame.token_ids.bytes_each
     fields = Fields(header, "frame")
     _read_frame(fields, _read_tap_headers(fields), raw)  # a device must not spool what the coordinator would refuse
     return seal(header, body)
@@ -149,7 +156,10 @@ def decode(payload: bytes, *, max_body_bytes: int = MAX_BODY_BYTES) -> Frame | P
     if fields.choice("kind", ("frame", "part")) == "part":
         return _read_part(fields, body)
     taps = _read_tap_headers(fields)
-    return _read_frame(fields, taps, inflate(fields, body, sum(tap.size for tap in taps), max_body_bytes))
+    needed = sum(tap.size for tap in taps)
+    if each := _token_bytes(fields):
+        needed += each * sum(sample.tokens + 1 for sample in _read_samples(fields))
+    return _read_frame(fields, taps, inflate(fields, body, needed, max_body_bytes))
 
 
 def read_identity(payload: bytes) -> Identity | None:
@@ -245,12 +255,17 @@ def _samples_to_header(samples: Sequence[SampleInfo]) -> dict[str, Any]:
             raise FrameError(f"sample id {sample.id[:80]!r} is not an even number of hexadecimal digits, 2 to 64, lower-case")
         if sample.split not in get_args(Split):
             raise FrameError(f"sample {sample.id}: split {sample.split!r:.40} is not one of {', '.join(get_args(Split))}")
-    return {
+    columns: dict[str, Any] = {
         "ids": [bytes.fromhex(sample.id) for sample in samples],
         "labels": [None if sample.label is None else int(sample.label) for sample in samples],
         "tokens": [int(sample.tokens) for sample in samples],
         "held_out": [place for place, sample in enumerate(samples) if sample.split == "held-out"],
     }
+    if any(sample.target is not None for sample in samples):
+        columns["targets"] = [None if sample.target is None else float(sample.target) for sample in samples]
+    if any(sample.supervised_from for sample in samples):
+        columns["supervised_from"] = [int(sample.supervised_from) for sample in samples]
+    return columns
 
 
 def _read_samples(fields: Fields) -> tuple[SampleInfo, ...]:
@@ -273,7 +288,17 @@ def _read_samples(fields: Fields) -> tuple[SampleInfo, ...]:
     splits: list[Split] = ["train"] * len(ids)
     for place in held_out:
         splits[place] = "held-out"
-    return tuple(map(SampleInfo, map(bytes.hex, ids), labels, splits, tokens))
+    if "targets" not in columns and "supervised_from" not in columns:
+        return tuple(map(SampleInfo, map(bytes.hex, ids), labels, splits, tokens))
+    targets = columns.items("targets", MAX_SAMPLES, [None] * len(ids))
+    supervised_from = columns.items("supervised_from", MAX_SAMPLES, [0] * len(ids))
+    if not len(ids) == len(targets) == len(supervised_from):
+        raise FrameError(f"frame: {len(ids)} samples, {len(targets)} targets and {len(supervised_from)} supervised_from, not one of each per sample")
+    if not all(target is None or (type(target) is float and abs(target) <= LARGEST_TARGET) for target in targets):
+        raise FrameError(f"frame: a target is neither empty nor a number from {-LARGEST_TARGET:g} to {LARGEST_TARGET:g}")
+    if not _are_counts(supervised_from, MAX_TOKENS) or any(first >= max(rows, 1) for first, rows in zip(supervised_from, tokens, strict=True)):
+        raise FrameError("frame: a supervised_from is not a whole number below its sample's tokens")
+    return tuple(map(SampleInfo, map(bytes.hex, ids), labels, splits, tokens, targets, supervised_from))
 
 
 def _are_counts(values: Sequence[Any], largest: int) -> bool:
@@ -357,6 +382,14 @@ def _read_frame(fields: Fields, headers: Sequence[_TapHeader], raw: bytes) -> Fr
         taps.append(Tap(tap.layer, tap.rows, tap.width, tap.codec, tap.group, tap.map, data))
     if not taps:
         raise FrameError("frame: no taps")
+    token_ids = None
+    if each := _token_bytes(fields):
+        if mode != "sequence":
+            raise FrameError(f"frame: token ids in {mode} mode")
+        if len(raw) - end != each * (rows + len(samples)):
+            raise FrameError(f"frame: {len(raw) - end} bytes of token ids, its {rows} rows and {len(samples)} samples make {each * (rows + len(samples))}")
+        token_ids = TokenIds(each, raw[end:])
+        end = len(raw)
     if end != len(raw):
         raise FrameError(f"frame: the taps end at byte {end} of a body of {len(raw)}")
     return Frame(
@@ -371,7 +404,15 @@ def _read_frame(fields: Fields, headers: Sequence[_TapHeader], raw: bytes) -> Fr
         produced=fields.integer("produced", len(samples), _MAX_COUNT),
         samples=samples,
         taps=tuple(taps),
+        token_ids=token_ids,
     )
+
+
+def _token_bytes(fields: Fields) -> Literal[0, 2, 4]:
+    each = fields.integer("token_bytes", 0, 4, 0)
+    if each not in (0, 2, 4):
+        raise FrameError(f"frame: token ids of {each} bytes, not 2 or 4")
+    return cast("Literal[0, 2, 4]", each)
 
 
 def _read_part(fields: Fields, body: memoryview) -> Part:

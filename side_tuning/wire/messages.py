@@ -15,6 +15,7 @@ import msgpack
 
 from side_tuning.wire.bounded import FrameError, unpack_bounded
 
+Task = Literal["classification", "regression", "causal-lm"]
 Mode = Literal["pooled", "sequence"]
 Pooling = Literal["mean", "first", "last"]
 CodecName = Literal["fp16", "int8", "int4", "int2"]
@@ -27,6 +28,7 @@ MAX_MANIFEST_BYTES = 262_144
 MAX_BLOCKS = 64
 MAX_STEPS = 32
 MAX_LABELS = 4096
+MAX_RANK = 4096  # columns of a fixed map
 MAX_BLOB_BYTES = 256 * 1024 * 1024
 _HEX = re.compile(r"[0-9a-f]{16,64}")
 
@@ -131,7 +133,7 @@ class TapPlan:
     """
 
     version: int  # grows within one database; frames name the plan that they were made under
-    labels: tuple[str, ...]  # class names; a sample's label travels as an index into them
+    labels: tuple[str, ...]  # class names; a sample's label travels as an index into them. None but for `classification`
     blocks: int
     mode: Mode = "pooled"
     pooling: Pooling = "mean"  # `pooled` mode: mean over real tokens, or the first or last real token
@@ -142,6 +144,11 @@ class TapPlan:
     frame_samples: int = 64
     frame_bytes: int = 131_072
     linger_seconds: float = 2.0  # a frame is closed this long after its first sample
+    task: Task = "classification"
+    # `causal-lm`: the tap of the last layer is what the frozen head reads, so it has a codec and a rank of its own.
+    last_rank: int = 0
+    last_codec: CodecName = "int4"
+    context_every: int = 1  # of the prompt's tokens every k-th is kept, 0 none; those that the loss sits on always are
 
     def layers(self, depth: int) -> tuple[int, ...]:
         """The layer (1-based) that stands for each block in a backbone of `depth` layers: ceil(depth * b / blocks)."""
@@ -150,6 +157,19 @@ class TapPlan:
     def taps(self, depth: int) -> tuple[int, ...]:
         """The distinct layers of `layers(depth)`, ascending: what a device sends."""
         return tuple(sorted(set(self.layers(depth))))
+
+    def width_at(self, layer: int, depth: int, width: int) -> int:
+        """Values per vector that a backbone of `depth` layers and `width` sends of `layer`."""
+        if self.mode == "pooled":
+            return width
+        return min(width, max(self.rank, self.last_rank) if self.is_last(layer, depth) else self.rank)
+
+    def codec_at(self, layer: int, depth: int) -> CodecName:
+        return self.last_codec if self.is_last(layer, depth) else self.codec
+
+    def is_last(self, layer: int, depth: int) -> bool:
+        """Whether `layer` is the one whose tap has a codec and a rank of its own."""
+        return self.task == "causal-lm" and layer == depth
 
     def to_bytes(self) -> bytes:
         return pack_message(self)
@@ -165,19 +185,30 @@ class TapPlan:
             raise FrameError("tap plan: every label must be text of 1 to 128 characters")
         if len(set(labels)) != len(labels):
             raise FrameError("tap plan: labels repeat")
+        task: Task = fields.choice("task", get_args(Task), "classification")
+        mode: Mode = fields.choice("mode", get_args(Mode))
+        if task != "classification" and labels:
+            raise FrameError(f"tap plan: {len(labels)} labels, but the task {task} has none")
+        last_rank = fields.integer("last_rank", 0, MAX_RANK, 0)
+        if task == "causal-lm" and (mode != "sequence" or not last_rank):
+            raise FrameError(f"tap plan: causal-lm needs mode sequence and a last_rank, not mode {mode} and last_rank {last_rank}")
         return cls(
             version=fields.integer("version", 1, 2**53),
             labels=tuple(labels),
             blocks=fields.integer("blocks", 1, MAX_BLOCKS),
-            mode=fields.choice("mode", get_args(Mode)),
+            mode=mode,
             pooling=fields.choice("pooling", get_args(Pooling)),
             codec=fields.choice("codec", get_args(CodecName)),
             group=fields.integer("group", 0, 128),
-            rank=fields.integer("rank", 1, 256),
+            rank=fields.integer("rank", 1, MAX_RANK),
             max_tokens=fields.integer("max_tokens", 1, 8192),
             frame_samples=fields.integer("frame_samples", 1, 4096),
             frame_bytes=fields.integer("frame_bytes", 1024, 16 * 1024 * 1024),
             linger_seconds=fields.number("linger_seconds", 0.0, 3600.0),
+            task=task,
+            last_rank=last_rank,
+            last_codec=fields.choice("last_codec", get_args(CodecName), "int4"),
+            context_every=fields.integer("context_every", 0, 8192, 1),
         )
 
 

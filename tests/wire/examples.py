@@ -6,6 +6,7 @@ A golden file is never made again: when the format changes, a new version gets n
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from side_tuning.wire.codecs import encode_vectors
 from side_tuning.wire.frame import Frame, Part, SampleInfo, Tap, encode_frame
 from side_tuning.wire.messages import CodecName
+from side_tuning.wire.token_ids import TokenIds
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -68,6 +70,23 @@ def sequence_frame() -> Frame:
         samples=(SampleInfo("01", 1, "train", 3), SampleInfo("02", 2, "held-out", 2)),
         taps=(tap(3, wave(5, 8), "int4", 0, "ef" * 16), tap(6, np.zeros((5, 8), np.float32), "int4", 0, "ef" * 16)),
     )
+
+
+def language_frame() -> Frame:
+    """A text of three tokens and one of four whose first two rows are a prompt; the last layer's tap is wider and finer."""
+    return replace(
+        sequence_frame(),
+        pooling="mean",
+        samples=(SampleInfo("01", None, "train", 2), SampleInfo("02", None, "held-out", 3, supervised_from=1)),
+        taps=(tap(3, wave(5, 8), "int4", 0, "ef" * 16), tap(6, wave(5, 16), "int8", 0, "ef" * 16)),
+        token_ids=TokenIds.of([np.array([5, 6, 511]), np.array([1, 2, 3, 4])], 512),
+    )
+
+
+def regression_frame() -> Frame:
+    first, second, third = pooled_frame().samples
+    samples = (replace(first, label=None, target=2.5), replace(second, target=None), replace(third, label=None, target=-1.0))
+    return replace(pooled_frame(), samples=samples)
 
 
 def part() -> Part:

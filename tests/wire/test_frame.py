@@ -30,10 +30,12 @@ from tests.wire.examples import (
     changed,
     changed_samples,
     changed_tap,
+    language_frame,
     large_frame,
     part,
     pooled_frame,
     put_together,
+    regression_frame,
     sequence_frame,
     take_apart,
     tap,
@@ -43,6 +45,8 @@ from tests.wire.examples import (
 GOLDEN_FILES: list[tuple[str, Callable[[], Frame | Part]]] = [
     ("pooled-v1.bin", pooled_frame),
     ("sequence-v1.bin", sequence_frame),
+    ("language-v1.bin", language_frame),
+    ("regression-v1.bin", regression_frame),
     ("part-v1.bin", part),
 ]
 
@@ -53,7 +57,7 @@ def test_golden_files_still_decode(name: str, make: Callable[[], Frame | Part]) 
     assert decode((GOLDEN / name).read_bytes()) == make()
 
 
-@pytest.mark.parametrize(("name", "make"), GOLDEN_FILES[:2])
+@pytest.mark.parametrize(("name", "make"), GOLDEN_FILES[:4])
 def test_the_encoder_still_writes_what_the_golden_files_hold(name: str, make: Callable[[], Frame]) -> None:
     """Field by field: only lz4 itself may come out differently, with another version of its library."""
     golden_header, golden_body = take_apart((GOLDEN / name).read_bytes())
@@ -94,7 +98,7 @@ def test_the_layout_of_a_golden_frame() -> None:
     np.testing.assert_array_equal(decode_vectors(body[72:132], 3, 12, "int8", 8), by_hand)
 
 
-@pytest.mark.parametrize("make", [pooled_frame, sequence_frame, large_frame])
+@pytest.mark.parametrize("make", [pooled_frame, sequence_frame, language_frame, regression_frame, large_frame])
 def test_round_trip(make: Callable[[], Frame]) -> None:
     frame = make()
     payload = encode_frame(frame)
