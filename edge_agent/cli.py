@@ -184,7 +184,7 @@ def flash(  # noqa: PLR0917 - typer calls it by name
     agent_config: Annotated[Path | None, typer.Option(help="agent.toml for the board; set bundle_file to /var/lib/mobillm-fleet/device.bundle in it.")] = None,
     backbone: Annotated[Path | None, typer.Option(help="A prepared folder; goes on the card where it fits, else the device fetches it.")] = None,
     largest_gb: Annotated[float, typer.Option(min=1, help="Refuse larger disks: a card is rarely that large, somebody's data is.")] = 256,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before overwriting a disk.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before overwriting a disk, or a file with something in it.")] = False,
 ) -> None:
     """Write an image to a card, put the device's identity on it, and read everything back."""
     from rich.console import Console

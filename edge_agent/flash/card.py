@@ -1,6 +1,7 @@
 """Writes an image to a card so that either all of it is there, checked, with the device's files, or the card does not boot.
 
-Order: the first block is blanked; everything but the first block is written, flushed and read back past the cache; the
+Order: the device's files are tried on the image itself, so that one that cannot take them is refused with the card as it
+was; the first block is blanked; everything but the first block is written, flushed and read back past the cache; the
 device's files are put together in memory, written, and every sector of that read back too, then each file by itself; the
 first block (with the partition table) is written last. Whatever interrupts it leaves a card without a partition table.
 """
@@ -19,16 +20,16 @@ from edge_agent.flash.block_map import BlockMap, MappedChunks
 from edge_agent.flash.errors import FlashError
 from edge_agent.flash.fat import FatPartition
 from edge_agent.flash.images import ImageStream, open_image
-from edge_agent.flash.partitions import SECTOR, boot_partition
-from edge_agent.flash.volume import CHUNK_BYTES, FileVolume, UncachedReader
+from edge_agent.flash.overlay import Overlay
+from edge_agent.flash.partitions import boot_partition
+from edge_agent.flash.rehearsal import Customise, rehearse
+from edge_agent.flash.volume import FileVolume, UncachedReader
 
 FIRST_BLOCK_BYTES = 4096
 UNBOOTABLE = "The card has no partition table now and does not boot; write it again."
 
 # stage ("write" or "verify"), bytes done, bytes in all where known
 Progress = Callable[[str, int, "int | None"], None]
-# Puts the device's files on the boot partition and returns what it wrote: path -> content.
-Customise = Callable[[FatPartition], "dict[str, bytes]"]
 
 
 @dataclass(frozen=True)
@@ -66,20 +67,22 @@ def write_card(
     Args:
         image: .img, .img.xz, .img.gz or .img.zst.
         target: overwritten from its beginning.
-        customise: called with the boot partition of the written card.
+        customise: called with the image's boot partition in a rehearsal that writes nothing, then with the written card's.
         block_map: write only what it maps.
         expected_sha256: of the unpacked image, hexadecimal.
         expected_size: of the unpacked image, bytes.
         progress: told now and then.
 
     Raises:
-        FlashError: the text says what went wrong and where; the card does not boot then.
+        FlashError: the text says what went wrong and where, and whether the card still boots.
 
     """
+    if image.exists() and target.exists() and target.samefile(image):
+        raise FlashError(f"{target} is the image itself; give another --target")
+    if customise:
+        rehearse(image, customise)
     if not target.exists():
         target.touch()
-    if image.exists() and target.samefile(image):
-        raise FlashError(f"{target} is the image itself; give another --target")
     try:
         volume = FileVolume(target)
     except OSError as error:
@@ -121,7 +124,7 @@ def read_file(target: Path, path: str) -> bytes | None:
     """A file of the boot partition of what is in `target` now; None where there is no such file, or no such partition."""
     try:
         with UncachedReader(target) as reader:
-            card = _Held(reader.read_at, b"")
+            card = Overlay(reader.read_at, b"")
             return FatPartition(card, boot_partition(card).start).read(path)
     except (OSError, FlashError):
         return None
@@ -191,58 +194,15 @@ def _verify(target: Path, pieces: list[_Piece], progress: Progress) -> bool:
         return reader.direct
 
 
-class _Held:
-    """The card as it will be: its first block and what is put on it come from memory, since they are not on the card yet."""
-
-    def __init__(self, read_at: Callable[[int, int], bytes], first: bytes) -> None:
-        self._read_at = read_at
-        self._first = first
-        self._sectors: dict[int, bytes] = {}
-
-    def read_at(self, offset: int, length: int) -> bytes:
-        pieces = [self._read_at(offset + n, min(CHUNK_BYTES, length - n)) for n in range(0, length, CHUNK_BYTES)]
-        content = bytearray(b"".join(pieces))
-        if len(content) < length:
-            raise OSError(errno.EIO, f"the end came at byte {offset + len(content)}")
-        if offset < len(self._first):
-            held = self._first[offset : offset + length]
-            content[: len(held)] = held
-        for at in range(offset, offset + length, SECTOR) if self._sectors else ():
-            if (sector := self._sectors.get(at)) is not None:
-                content[at - offset : at - offset + SECTOR] = sector
-        return bytes(content)
-
-    def write_at(self, offset: int, content: bytes) -> None:
-        if offset < len(self._first):
-            raise FlashError("the boot partition overlaps the partition table; this image is damaged")
-        assert offset % SECTOR == 0
-        assert len(content) % SECTOR == 0
-        for n in range(0, len(content), SECTOR):
-            self._sectors[offset + n] = content[n : n + SECTOR]
-
-    def stretches(self) -> Iterator[tuple[int, bytes]]:
-        """What was put on it, in ascending stretches of at most CHUNK_BYTES."""
-        start, run = 0, list[bytes]()
-        for at in sorted(self._sectors):
-            if run and (at != start + len(run) * SECTOR or len(run) * SECTOR >= CHUNK_BYTES):
-                yield start, b"".join(run)
-                run = []
-            if not run:
-                start = at
-            run.append(self._sectors[at])
-        if run:
-            yield start, b"".join(run)
-
-
 def _put_files(volume: FileVolume, target: Path, first: bytes, customise: Customise) -> tuple[str, ...]:
-    held = _Held(volume.read_at, first)
+    held = Overlay(volume.read_at, first)
     start = boot_partition(held).start
     written = customise(FatPartition(held, start))
     pieces = [_write_piece(volume, offset, content) for offset, content in held.stretches()]
     volume.sync()
     _verify(target, pieces, lambda *_: None)
     with UncachedReader(target) as reader:
-        again = FatPartition(_Held(reader.read_at, first), start)
+        again = FatPartition(Overlay(reader.read_at, first), start)
         for path, content in written.items():
             if again.read(path) != content:
                 raise FlashError(f"{path} on the boot partition does not read back as it was written; the card is bad")

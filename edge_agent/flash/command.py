@@ -91,8 +91,8 @@ def flash(options: FlashOptions, console: Console, ask: Callable[[str], str] = g
     block_map = read_block_map(map_path) if map_path else None
     needed = block_map.image_size if block_map else options.size or 0
     disk = check_target(options.target, needed, largest_bytes=options.largest_bytes)
-    if disk is not None and not options.yes:
-        _confirm(disk, console)
+    if not options.yes:
+        confirm(disk, options.target, console)
     with _Bars(console) as bars:
         written = write_card(
             options.image,
@@ -127,12 +127,23 @@ def print_disks(console: Console, largest_bytes: int) -> None:
         console.print("no disks were found; plug in the card")
 
 
-def _confirm(disk: Disk, console: Console) -> None:
-    """A USB drive with somebody's data looks just like a card, so the path is typed once more."""
-    console.print(f"Everything on [bold]{disk.describe()}[/] will be lost.")
+def confirm(disk: Disk | None, target: Path, console: Console) -> None:
+    """A USB drive with somebody's data looks just like a card, and a file may be somebody's image, so the path is typed once more.
+
+    Raises:
+        FlashError: not confirmed.
+
+    """
+    if disk is not None:
+        path, what = disk.path, disk.describe()
+    elif target.exists() and (size := target.stat().st_size):
+        path, what = str(target), f"{target}  {size:,} bytes, a file"
+    else:
+        return
     if not sys.stdin.isatty():
-        raise FlashError(f"nobody is there to confirm that {disk.path} may be overwritten; add --yes if you are sure")
-    if console.input(f"Type {disk.path} to go on: ").strip() != disk.path:
+        raise FlashError(f"{what}: nobody is there to confirm that it may be overwritten; add --yes if you are sure")
+    console.print(f"Everything on [bold]{what}[/] will be lost.", soft_wrap=True)
+    if console.input(f"Type {path} to go on: ").strip() != path:
         raise FlashError("not confirmed; nothing was written")
 
 

@@ -114,7 +114,7 @@ def test_cloud_init_is_told_in_valid_yaml(tmp_path: Path):
 def test_each_flash_is_a_new_instance(tmp_path: Path):
     """Or cloud-init would take the card for one that it has set up already."""
     first = boot_file(flash(tmp_path, "cloud-init"), "meta-data")
-    again = boot_file(flash(tmp_path, "cloud-init"), "meta-data")
+    again = boot_file(flash(tmp_path, "cloud-init", "--yes"), "meta-data")
     assert first != again
 
 
@@ -150,7 +150,7 @@ def test_an_image_that_nothing_sets_up_is_refused_with_the_reason(tmp_path: Path
     assert result.exit_code == 1
     assert "none of the first-boot systems" in result.output
     assert "kernel.img" in result.output
-    assert (tmp_path / "card").read_bytes()[510:512] != b"\x55\xaa"
+    assert not (tmp_path / "card").exists()
 
 
 def test_an_expired_bundle_is_refused_before_anything_is_written(tmp_path: Path):

@@ -61,7 +61,7 @@ def test_an_interrupted_batch_goes_on_where_it_was(fleet: Path):
     assert [ledger.made(device, f"claim-{n:016x}") for n, device in enumerate(DEVICES)] == [True, True, False]
     finished = {device: (folder / f"card-{device}").stat().st_mtime_ns for device in DEVICES[:2]}
 
-    result = CliRunner().invoke(app, arguments(fleet, image))
+    result = CliRunner().invoke(app, [*arguments(fleet, image), "--yes"])
     assert result.exit_code == 0, result.output
     assert "2 of 3 cards are made already" in result.output
     assert finished == {device: (folder / f"card-{device}").stat().st_mtime_ns for device in DEVICES[:2]}
@@ -81,7 +81,7 @@ def test_an_interrupted_batch_goes_on_where_it_was(fleet: Path):
     assert "3 of 3 cards are made already" in CliRunner().invoke(app, arguments(fleet, image)).output
     # A new bundle means a new card.
     (folder / "bundles" / "study.bundle.json").write_text(make_bundle("study", claim="claim-00000000000000ff").to_text())
-    assert "2 of 3 cards are made already" in CliRunner().invoke(app, arguments(fleet, image)).output
+    assert "2 of 3 cards are made already" in CliRunner().invoke(app, [*arguments(fleet, image), "--yes"]).output
 
 
 @needs_image_tools
