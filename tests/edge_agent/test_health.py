@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,14 @@ def test_this_machine_gives_what_every_linux_has(tmp_path: Path) -> None:
     assert readings.memory_available_bytes is not None
     assert readings.load_1m is not None
     assert Health.from_bytes(readings.to_bytes()) == readings
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is only getrusage")
+def test_the_peak_is_this_programs_and_not_that_of_the_one_which_started_it() -> None:
+    ballast = bytearray(300_000_000)
+    program = "from edge_agent.health import peak_rss_bytes; print(peak_rss_bytes())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < len(ballast) / 2
 
 
 def test_an_empty_machine_gives_none(tmp_path: Path) -> None:
