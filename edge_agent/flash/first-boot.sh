@@ -15,13 +15,16 @@ wipe() {
   rm -f "$1"
 }
 
+# The power went during `wipe`: what was in the file had been copied before, and must not be copied again.
+half_wiped() { [ "$(tr -d '\0' < "$1" | wc -c)" -ne "$(wc -c < "$1")" ]; }
+
 note() { echo "$(date -u +%Y-%m-%dT%H:%M:%SZ) $*" >> "$here/applied.txt"; sync; }
 
 mkdir -p "$state" "$configuration" && chmod 700 "$state"
 if [ -f "$here/agent.toml" ] && ! cmp -s "$here/agent.toml" "$configuration/agent.toml"; then
   cp "$here/agent.toml" "$configuration/agent.toml" && note "settings copied to $configuration"
 fi
-if [ -f "$here/device.bundle" ]; then
+if [ -f "$here/device.bundle" ] && ! half_wiped "$here/device.bundle"; then
   # Whole and on the disk before the only other copy goes.
   (umask 077 && cp "$here/device.bundle" "$state/device.bundle.new") && sync &&
     cmp -s "$here/device.bundle" "$state/device.bundle.new" && mv "$state/device.bundle.new" "$state/device.bundle" && sync || {
@@ -29,8 +32,7 @@ if [ -f "$here/device.bundle" ]; then
     exit 1
   }
   id mobillm-fleet >/dev/null 2>&1 && chown -R mobillm-fleet: "$state"
-  wipe "$here/device.bundle"
-  note "bundle moved to $state"
+  note "bundle copied to $state"
 fi
 
 if [ -d "$here/backbone" ]; then
@@ -58,6 +60,11 @@ for file in user-data network-config rpi-preseed.toml; do
   esac
   note "wiped $file"
 done
+# Last: while it is there, our image's service comes here again after an interruption, and the rest is wiped too.
+if [ -f "$here/device.bundle" ]; then
+  wipe "$here/device.bundle"
+  note "wiped device.bundle"
+fi
 
 # For the agent's report of this first boot (edge_agent/first_steps.py). As seconds into it: the date may still be of 1970.
 if [ -f "$here/flashed.json" ] && ! cmp -s "$here/flashed.json" "$state/flashed.json"; then

@@ -221,13 +221,44 @@ def test_nothing_secret_is_left_on_the_partition_after_first_boot(tmp_path: Path
             assert b"SECRET" not in content, file
             assert key not in content, file
             assert b"$6$salt$hash" not in content, file
-    assert "bundle moved" in (boot / "mobillm" / "applied.txt").read_text()
+    assert "bundle copied" in (boot / "mobillm" / "applied.txt").read_text()
     assert (boot / "mobillm" / "flashed.json").read_bytes() == (state / "flashed.json").read_bytes()
     assert (state / "flashed.json").stat().st_mode & 0o777 == 0o644  # the agent is not root
     times = FirstSteps(state).times()
     assert times is not None
     assert list(times) == ["flashed", "configured", "booted"]
     assert times["booted"] < times["configured"] <= time.time()
+
+
+def test_a_wipe_that_was_interrupted_is_finished(tmp_path: Path):
+    """The bundle goes last, since our image's service runs the script while it is there. Zeros never take the place of the copy."""
+    boot, state = tmp_path / "boot", tmp_path / "state"
+    (boot / "mobillm").mkdir(parents=True)
+    shutil.copy("edge_agent/flash/first-boot.sh", boot / "mobillm")
+    state.mkdir()
+    bundle = make_bundle().to_text()
+    (state / "device.bundle").write_text(bundle)
+    (boot / "network-config").write_text("the power went before this was wiped")
+    (boot / "mobillm" / "device.bundle").write_bytes(bytes(100) + bundle.encode()[100:])
+    assert run_script(boot, state).returncode == 0
+    assert (state / "device.bundle").read_text() == bundle
+    assert not (boot / "network-config").exists()
+    assert not (boot / "mobillm" / "device.bundle").exists()
+    noted = (boot / "mobillm" / "applied.txt").read_text()
+    assert noted.index("wiped network-config") < noted.index("wiped device.bundle")
+
+
+@needs_image_tools
+@pytest.mark.parametrize("system", list(SYSTEMS))
+def test_the_manifest_does_not_let_one_try_out_passphrases(tmp_path: Path, system: str):
+    """Two cards with the same secrets have unlike hashes of every file with one."""
+    bundle = make_bundle()
+    first, second = (
+        json.loads(boot_file(flash(tmp_path, system, bundle=bundle, target=target), "mobillm/flashed.json"))["files"] for target in ("one", "other")
+    )
+    same = {name for name in first if first[name] == second[name]}
+    assert not same & {"user-data", "network-config", "rpi-preseed.toml", "firstrun.sh"}
+    assert "mobillm/device.bundle" in same
 
 
 def test_the_script_keeps_the_bundle_where_it_cannot_be_moved(tmp_path: Path):
