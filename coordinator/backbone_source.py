@@ -95,12 +95,17 @@ def read_tokenizer(model: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def read_model(model: str | Path, config: Any) -> Any:
+def read_model(model: str | Path, config: Any) -> tuple[Any, Any]:
+    """The base model, and the linear layer from its last hidden state to the vocabulary where its files hold one."""
     import torch
-    from transformers import AutoModel
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    from side_tuning.language_head import TAILS
+
+    kind: Any = AutoModelForCausalLM if config.model_type in TAILS else AutoModel
 
     def read(attention: str) -> Any:
-        return AutoModel.from_pretrained(
+        return kind.from_pretrained(
             str(model),
             config=config,
             dtype=torch.float32,
@@ -120,10 +125,13 @@ def read_model(model: str | Path, config: Any) -> Any:
             f"the weights of {model} ({config.model_type}) cannot be read ({_first_line(error)}): "
             "give a model with model.safetensors of a supported architecture"
         ) from error
-    missing = sorted(name for name in loading["missing_keys"] if "pooler" not in name)
+    missing = sorted(name for name in loading["missing_keys"] if "pooler" not in name and name != "lm_head.weight")
     if missing:
         raise BackboneError(f"the weights of {model} lack {', '.join(missing[:3])} ({len(missing)} in all): download it again")
-    return network.eval()
+    network.eval()
+    if kind is AutoModel:
+        return network, None
+    return network.base_model, None if "lm_head.weight" in loading["missing_keys"] else network.get_output_embeddings()
 
 
 def kind_of(config: Any) -> Any:

@@ -1,7 +1,7 @@
 """Pre-scale and quantize a Hugging Face model into a backbone artifact that devices load.
 
 Main flow: `prepare`. The artifact is a folder: `model.safetensors` (kept weights), `quantization.json` (which layers
-are quantized and how), `config.json`, `tokenizer.json`, `maps.safetensors` (the fixed low-rank maps of `sequence`
+are quantized and how; a decoder's head too), `config.json`, `tokenizer.json`, `maps.safetensors` (the fixed low-rank maps of `sequence`
 mode) and `manifest.json`. Preparing the same model with the same options and library versions gives the same bytes.
 """
 
@@ -12,11 +12,12 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from coordinator.backbone_language import LANGUAGE_RANK, LAST_RANK, calibrated_maps, head_tensors
 from coordinator.backbone_source import kind_of, quiet, read_config, read_model, read_tokenizer, source_name
 from side_tuning.backbone_manifest import (
     CONFIG,
@@ -62,6 +63,7 @@ def prepare(
     weights: Weights = "int8",
     max_tokens: int = 128,
     seed: int = 0,
+    calibrate: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> BackboneManifest:
     """Write the artifact for the first `layers` blocks of `model` (all of them if None) to the folder `out`.
@@ -73,6 +75,7 @@ def prepare(
         weights: what the linear layers, and with int8 and int4 also the token table, are stored as.
         max_tokens: longest text; a tap plan may ask for less.
         seed: of the orthogonal maps of `sequence` mode.
+        calibrate: public texts; the maps then follow the main directions of this backbone's hidden states on them.
         progress: called with a sentence at each step.
 
     Raises:
@@ -91,7 +94,7 @@ def prepare(
     config, total = read_config(model, layers)
     kept = config.num_hidden_layers
     tokenizer = read_tokenizer(model)
-    network = read_model(model, config)
+    network, lm_head = read_model(model, config)
     vocabulary = network.get_input_embeddings().num_embeddings
     if tokenizer.get_vocab_size() > vocabulary:
         raise BackboneError(
@@ -100,6 +103,7 @@ def prepare(
         )
     probe = _probe(tokenizer, config, max_tokens)
     blocks_name, tail, expected = _run_original(network, kept, probe)
+    head = head_tensors(network, lm_head, config, weights, QUANTIZED_TABLE_ROWS)
 
     say(f"quantizing {kept} of {total} layers to {weights}" if weights != "float" else f"keeping {kept} of {total} layers")
     linears, outputs = _quantize(network, blocks_name, tail, weights)
@@ -112,18 +116,26 @@ def prepare(
         "outputs": outputs,
         "tail": tail,
     }
-    maps = _maps(kept, config.hidden_size, seed)
+    map_rank = min(MAP_RANK if lm_head is None else LANGUAGE_RANK, config.hidden_size)
+    ranks = dict.fromkeys(range(1, kept + 1), map_rank)
+    if lm_head is not None:
+        ranks[kept] = min(LAST_RANK, config.hidden_size)
+    maps = _maps(ranks, config.hidden_size, seed)
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         folder = Path(scratch) / "artifact"
         folder.mkdir()
-        _write_files(folder, config=config, layout=layout, tensors=tensors, tokenizer=tokenizer, maps=maps)
+        _write_files(folder, config=config, layout=layout, tensors=tensors | head, tokenizer=tokenizer, maps=maps)
         found = _run_artifact(folder, kept, probe, "transformers")
         error = _check_error(found, expected, weights)
         if _plain_agrees(folder, config.model_type, kept, probe, found):
             layout["runner"] = "plain"
             _write_json(folder / QUANTIZATION, layout)
+        if calibrate:
+            say(f"fitting the maps to {len(calibrate)} texts")
+            maps = calibrated_maps(folder, calibrate, ranks, max_tokens)
+            _write_maps(folder, maps)
         manifest = BackboneManifest(
             fingerprint=fingerprint_of(folder),
             source=source_name(model),
@@ -136,7 +148,8 @@ def prepare(
             max_tokens=max_tokens,
             vocabulary=vocabulary,
             maps={layer: hashlib.sha256(m.tobytes()).hexdigest()[:32] for layer, m in maps.items()},
-            map_rank=min(MAP_RANK, config.hidden_size),
+            map_rank=map_rank,
+            last_rank=ranks[kept] if lm_head is not None else 0,
             created_with={name: version(name) for name in ("torch", "transformers", "optimum-quanto", "tokenizers")},
         )
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
@@ -268,13 +281,13 @@ def _tensors(network: Any, linears: dict[str, str], tail: list[str], weights: We
     return {name: value.detach().clone().contiguous() for name, value in tensors.items()}, embeddings
 
 
-def _maps(layers: int, width: int, seed: int) -> dict[int, np.ndarray[Any, Any]]:
+def _maps(ranks: dict[int, int], width: int, seed: int) -> dict[int, np.ndarray[Any, Any]]:
     """Per layer a (width, rank) matrix with orthonormal columns: any first columns of it are orthonormal too."""
     import numpy as np
 
     maps = {}
-    for layer in range(1, layers + 1):
-        gaussian = np.random.Generator(np.random.PCG64([seed, layer])).standard_normal((width, min(MAP_RANK, width)))
+    for layer, rank in ranks.items():
+        gaussian = np.random.Generator(np.random.PCG64([seed, layer])).standard_normal((width, rank))
         q, r = np.linalg.qr(gaussian)
         # The signs make the result unique, whichever library computed it.
         maps[layer] = np.ascontiguousarray((q * np.sign(np.diag(r))).astype("<f4"))
@@ -286,7 +299,6 @@ def _write_files(
     *,
     config: Any, layout: dict[str, Any], tensors: dict[str, Tensor], tokenizer: Tokenizer, maps: dict[int, Any]
 ) -> None:
-    from safetensors.numpy import save_file as save_arrays
     from safetensors.torch import save_file
 
     body = {name: value for name, value in config.to_dict().items() if name not in IMMATERIAL}
@@ -295,9 +307,16 @@ def _write_files(
     _write_json(folder / QUANTIZATION, layout)
     (folder / TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
     save_file(tensors, folder / WEIGHTS)
-    save_arrays({f"layer.{layer}": m for layer, m in maps.items()}, folder / MAPS)
+    _write_maps(folder, maps)
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors writes for the owner only; the agent runs as a user of its own
+
+
+def _write_maps(folder: Path, maps: dict[int, Any]) -> None:
+    from safetensors.numpy import save_file as save_arrays
+
+    save_arrays({f"layer.{layer}": m for layer, m in maps.items()}, folder / MAPS)
+    (folder / MAPS).chmod(0o644)
 
 
 def _write_json(path: Path, body: dict[str, Any]) -> None:

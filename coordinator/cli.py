@@ -150,13 +150,17 @@ def backbone_prepare(  # noqa: PLR0917 - one per option
     weights: Annotated[str, typer.Option(help="float, int8 or int4.")] = "int8",
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest text that it will see.")] = 128,
     seed: Annotated[int, typer.Option(help="Of the fixed maps for `sequence` mode.")] = 0,
+    calibrate: Annotated[Path | None, typer.Option(help="Public texts to fit those maps to, a text or a row with `text` per line.")] = None,
 ) -> None:
     """Cut and quantize a model into a backbone for devices."""
     if weights not in ("float", "int8", "int4"):
         raise typer.BadParameter(f"{weights!r} is not one of float, int8, int4", param_hint="--weights")
     from coordinator.backbones import prepare
+    from coordinator.training.anchors import read_texts
 
-    manifest = prepare(model, out, layers=layers, weights=weights, max_tokens=max_tokens, seed=seed, progress=print)  # type: ignore[arg-type]
+    found = read_texts(calibrate, "--calibrate") if calibrate else []
+    texts = [text if isinstance(text, str) else "\n".join(text) for text in found]  # type: ignore[arg-type]
+    manifest = prepare(model, out, layers=layers, weights=weights, max_tokens=max_tokens, seed=seed, calibrate=texts, progress=print)  # type: ignore[arg-type]
     print(f"{manifest.fingerprint}  {out}: {_describe_backbone(manifest)}")
     print(f"next: coordinator backbone register {out}")
 

@@ -95,10 +95,10 @@ def refusal(frame: Frame, registry: Registry) -> str | None:
     if layers != (wanted := plan.taps(manifest.layers)):
         return f"layers {_list(layers)}, tap plan {plan.version} wants {_list(wanted)} of this backbone"
     sequence_mode = plan.mode == "sequence"
-    width = plan.rank if sequence_mode else manifest.width
     for tap in frame.taps:
-        if (tap.codec, tap.group) != (plan.codec, plan.group):
-            return f"layer {tap.layer}: codec {tap.codec} group {tap.group}, tap plan {plan.version} says {plan.codec} group {plan.group}"
+        codec, width = plan.codec_at(tap.layer, manifest.layers), plan.width_at(tap.layer, manifest.layers, manifest.width)
+        if (tap.codec, tap.group) != (codec, plan.group):
+            return f"layer {tap.layer}: codec {tap.codec} group {tap.group}, tap plan {plan.version} says {codec} group {plan.group}"
         if tap.width != width:
             return f"layer {tap.layer}: width {tap.width}, expected {width}"
         expected_map = manifest.maps.get(tap.layer) if sequence_mode else None

@@ -54,7 +54,7 @@ def compute_taps(backbone: Backbone, texts: Texts, plan: TapPlan) -> TapMatrices
             maps[layer] = None
         else:
             rows = states[activations.mask].numpy()  # (sum of tokens, width)
-            values[layer] = np.ascontiguousarray(rows @ backbone.map_matrix(layer, plan.rank))
+            values[layer] = np.ascontiguousarray(rows @ backbone.map_matrix(layer, plan.width_at(layer, manifest.layers, manifest.width)))
             maps[layer] = manifest.maps[layer]
     return TapMatrices(values, [int(n) for n in tokens], maps)
 

@@ -60,6 +60,7 @@ class BackboneManifest:
     vocabulary: int
     maps: dict[int, str]
     map_rank: int  # columns that every map has; a plan may use fewer
+    last_rank: int = 0  # columns of the last layer's map, where a language model's head is among the weights; 0 without one
     created_with: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
@@ -74,11 +75,22 @@ class BackboneManifest:
                 f"plan {plan.version} keeps {plan.max_tokens} tokens, but backbone {self.fingerprint} was prepared for "
                 f"{self.max_tokens}: lower the plan's max_tokens, or prepare the backbone with --max-tokens {plan.max_tokens}"
             )
-        if plan.mode == "sequence" and plan.rank > self.map_rank:
+        if plan.mode == "sequence" and min(plan.rank, self.width) > self.map_rank:
             return (
                 f"plan {plan.version} asks for rank {plan.rank}, but the maps of backbone {self.fingerprint} have "
                 f"{self.map_rank} columns: lower the plan's rank to {self.map_rank} or less"
             )
+        if plan.task == "causal-lm":
+            if not self.last_rank:
+                return (
+                    f"plan {plan.version} tunes a language model, but backbone {self.fingerprint} has no language model's head: "
+                    "prepare a decoder (OPT, GPT-2, Llama, Qwen2) with its head"
+                )
+            if plan.width_at(self.layers, self.layers, self.width) > self.last_rank:
+                return (
+                    f"plan {plan.version} asks for rank {max(plan.rank, plan.last_rank)} of the last layer, but its map in backbone "
+                    f"{self.fingerprint} has {self.last_rank} columns: lower the plan's rank and last_rank to {self.last_rank} or less"
+                )
         return None
 
     def to_json(self) -> str:
@@ -102,17 +114,18 @@ class BackboneManifest:
         if body.get("format") != FORMAT:
             raise wrong(f"format {body.get('format')!r} is unknown, this program reads format {FORMAT}")
 
-        def value(name: str, kind: type, choices: tuple[str, ...] = ()) -> Any:
+        def value(name: str, kind: type, choices: tuple[str, ...] = (), lowest: int = 1) -> Any:
             found = body.get(name)
             if not isinstance(found, kind) or isinstance(found, bool) or (choices and found not in choices):
                 raise wrong(f"field {name!r} is {found!r:.80}")
-            if isinstance(found, int) and found < 1:
-                raise wrong(f"field {name!r} is {found}, not a positive number")
+            if isinstance(found, int) and found < lowest:
+                raise wrong(f"field {name!r} is {found}, not a number of at least {lowest}")
             return found
 
         maps = value("maps", dict)
         if not all(k.isdecimal() and isinstance(v, str) and _HASH.fullmatch(v) for k, v in maps.items()):
             raise wrong("field 'maps' is not a table of layer to hash")
+        body = {"last_rank": 0, **body}
         manifest = cls(
             fingerprint=value("fingerprint", str),
             source=value("source", str),
@@ -126,6 +139,7 @@ class BackboneManifest:
             vocabulary=value("vocabulary", int),
             maps={int(k): v for k, v in maps.items()},
             map_rank=value("map_rank", int),
+            last_rank=value("last_rank", int, lowest=0),
             created_with={str(k): str(v) for k, v in value("created_with", dict).items()},
         )
         if not _HASH.fullmatch(manifest.fingerprint):

@@ -175,26 +175,29 @@ def digest_of(file: Path | None) -> str:
     return hashlib.sha256(json.dumps(read_texts(file)).encode()).hexdigest()[:16]
 
 
-def read_texts(file: Path) -> list[object]:
-    """Texts or pairs of texts: one per line, plain or as JSON with `text` or `text_a` and `text_b`; .gz too."""
+def read_texts(file: Path, what: str = "training.anchors_file") -> list[object]:
+    """Texts or pairs of texts: one per line, plain or as JSON with `text` or `text_a` and `text_b`; .gz too.
+
+    `what` names the file in complaints.
+    """
     texts: dict[object, None] = {}
     try:
         with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    texts[_text(line.strip(), file, number)] = None
+                    texts[_text(line.strip(), f"{what} {file}, line {number}")] = None
                 if len(texts) == MOST_TEXTS:
                     break
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise AnchorError(
-            f"training.anchors_file {file} cannot be read: {error}; give UTF-8 text, plain or .gz, or leave the setting out"
+            f"{what} {file} cannot be read: {error}; give UTF-8 text, plain or .gz, or leave the setting out"
         ) from error
     if len(texts) < FEWEST_ANCHORS:
-        raise AnchorError(f"training.anchors_file {file} has {len(texts)} different texts; give at least {FEWEST_ANCHORS}, better 500")
+        raise AnchorError(f"{what} {file} has {len(texts)} different texts; give at least {FEWEST_ANCHORS}, better 500")
     return list(texts)
 
 
-def _text(line: str, file: Path, number: int) -> object:
+def _text(line: str, where: str) -> object:
     if not line.startswith("{"):
         return line
     try:
@@ -203,7 +206,7 @@ def _text(line: str, file: Path, number: int) -> object:
         row = {}
     parts = (row["text"],) if "text" in row else (row.get("text_a"), row.get("text_b"))
     if not all(isinstance(part, str) and part.strip() for part in parts):
-        raise AnchorError(f'training.anchors_file {file}, line {number}: no text; rows look like {{"text": "..."}}; correct the line')
+        raise AnchorError(f'{where}: no text; rows look like {{"text": "..."}}; correct the line')
     return parts[0] if len(parts) == 1 else parts
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
+import itertools
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -159,10 +162,22 @@ def minilm_folder() -> Path:
     return Path(found.submodule_search_locations[0]) / "model"
 
 
+def _shared() -> Path:
+    return Path(os.environ.get("MOBILLM_SHARED") or Path(__file__).parents[3] / "shared")
+
+
+def tiny_stories(count: int) -> list[str]:
+    """The first texts of the shared folder's sample of TinyStories, which stories260K was trained on."""
+    file = _shared() / "data" / "tinystories_sample" / "train.jsonl.gz"
+    if not file.is_file():
+        pytest.skip(f"{file} is not there: set MOBILLM_SHARED to the folder that holds data/tinystories_sample")
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        return [json.loads(line)["text"] for line in itertools.islice(lines, count)]
+
+
 def stories_folder() -> Path:
     """The real Llama stories260K of the shared folder."""
-    shared = Path(os.environ.get("MOBILLM_SHARED") or Path(__file__).parents[3] / "shared")
-    folder = shared / "models" / "stories260K"
+    folder = _shared() / "models" / "stories260K"
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there: set MOBILLM_SHARED to the folder that holds models/stories260K")
     return folder

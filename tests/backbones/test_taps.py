@@ -64,7 +64,8 @@ def test_more_blocks_than_layers_send_each_layer_once(backbone: Backbone) -> Non
 
 def test_plans_that_cannot_run_are_refused(backbone: Backbone) -> None:
     with pytest.raises(PlanError, match=r"rank 65.*64 columns: lower the plan's rank"):
-        check_plan(replace(PLAN, mode="sequence", rank=65), backbone.manifest)
+        check_plan(replace(PLAN, mode="sequence", rank=65), replace(backbone.manifest, width=96, map_rank=64))
+    check_plan(replace(PLAN, mode="sequence", rank=65), replace(backbone.manifest, width=48, map_rank=48))  # the whole width
     check_plan(replace(PLAN, mode="pooled", rank=65), backbone.manifest)  # no map in this mode
     with pytest.raises(PlanError, match="keeps 500 tokens"):
         compute_taps(backbone, SENTENCES, replace(PLAN, max_tokens=500))
