@@ -82,6 +82,7 @@ def prepare_claim(settings: CoordinatorSettings, wish: ClaimWish, now: datetime)
     bundle = Bundle(
         device=wish.device,
         claim=claim,
+        group=wish.group or "",
         claim_certificate=certificate_pem(certificate).decode(),
         claim_key=key_pem(key).decode(),
         host=public_host(settings),

@@ -43,6 +43,7 @@ class Bundle(BaseModel):
     format: Literal["mobillm-fleet bundle 1"] = "mobillm-fleet bundle 1"
     device: Annotated[str, AfterValidator(_device_name)]
     claim: Annotated[str, AfterValidator(_claim_name)]
+    group: str = Field(default="", max_length=64)  # as asked for with the claim; for people, no rule looks at it
     claim_certificate: str = Field(max_length=16_384)
     claim_key: str = Field(max_length=16_384, repr=False)
     host: str = Field(min_length=1, max_length=255)

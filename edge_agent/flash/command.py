@@ -7,9 +7,11 @@ import secrets
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -21,7 +23,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from typing_extensions import Self
+from typing_extensions import ParamSpec, Self
 
 from edge_agent.flash.block_map import block_map_beside, read_block_map
 from edge_agent.flash.card import Written, write_card
@@ -29,8 +31,12 @@ from edge_agent.flash.disks import Disk, check_target, list_disks, refusals
 from edge_agent.flash.eject import eject
 from edge_agent.flash.errors import FlashError
 from edge_agent.flash.first_boot import BACKBONE, CardPlan, Wifi, put_files
+from edge_agent.flash.values import wrong_values
 from side_tuning.backbone_manifest import FINGERPRINTED, MANIFEST, BackboneError, check_artifact
-from side_tuning.bundle import BundleError, read_bundle
+from side_tuning.bundle import Bundle, BundleError, read_bundle
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,41 +62,77 @@ class FlashOptions:
     yes: bool = False
 
 
-def flash(options: FlashOptions, console: Console, ask: Callable[[str], str] = getpass.getpass) -> Written:
+def plan_card(options: FlashOptions, ask: Callable[[str], str], load_backbone: Callable[[Path], dict[str, bytes]] | None = None) -> CardPlan:
+    """Read and check everything that the options name; nothing is written.
+
+    Raises:
+        FlashError: all that is wrong.
+
+    """
+    wrong = list[str]()
+    bundle = _noting(wrong, usable_bundle, options.bundle)
+    hostname = options.hostname or (bundle.device.replace("_", "-").replace(".", "-") if bundle else "unknown")
+    password_hash = _noting(wrong, _text_of, options.password_hash_file, "password hash") if options.password_hash_file else None
+    ssh_keys = tuple(key for path in options.ssh_key_files if (key := _noting(wrong, _text_of, path, "SSH key")))
+    agent_config = _noting(wrong, _text_of, options.agent_config, "agent's settings") if options.agent_config else None
+    backbone = _noting(wrong, load_backbone or read_backbone, options.backbone) if options.backbone else None
+    wifi = _noting(wrong, _wifi, options, ask)
+    wrong += wrong_values(
+        hostname=hostname, user=options.user, password=password_hash is not None, ssh_keys=ssh_keys, wifi=options.wifi is not None,
+        country=options.country, timezone=options.timezone,
+    )
+    if wrong or bundle is None:
+        raise FlashError(*wrong)
+    return CardPlan(
+        bundle=bundle,
+        hostname=hostname,
+        instance_id=f"mobillm-{secrets.token_hex(8)}",
+        flashed_at=datetime.now(timezone.utc),
+        user=options.user,
+        password_hash=password_hash,
+        ssh_keys=ssh_keys,
+        wifi=wifi,
+        country=options.country,
+        timezone=options.timezone,
+        image_name=options.image.name,
+        agent_config=agent_config.encode() + b"\n" if agent_config is not None else None,
+        backbone=backbone or {},
+    )
+
+
+def usable_bundle(path: Path) -> Bundle:
+    """A bundle that can still let a device in.
+
+    Raises:
+        FlashError: it cannot be read, is no bundle, or has expired.
+
+    """
+    try:
+        bundle = read_bundle(path)
+    except BundleError as error:
+        raise FlashError(str(error)) from error
+    if bundle.expires_at < time.time():
+        when = datetime.fromtimestamp(bundle.expires_at, timezone.utc)
+        raise FlashError(f"bundle {path} expired at {when:%Y-%m-%d %H:%M} UTC; make a new one with `coordinator enrol {bundle.device}`")
+    return bundle
+
+
+def needed_bytes(options: FlashOptions) -> int:
+    """What the image takes on the card, where that is known before it is unpacked; else 0."""
+    map_path = block_map_beside(options.image)
+    return read_block_map(map_path).image_size if map_path else options.size or 0
+
+
+def flash(options: FlashOptions, console: Console, ask: Callable[[str], str] | None = None) -> Written:
     """Make one card.
 
     Raises:
         FlashError: it was not made; the text says why.
 
     """
-    try:
-        bundle = read_bundle(options.bundle)
-    except BundleError as error:
-        raise FlashError(str(error)) from error
-    if bundle.expires_at < time.time():
-        when = datetime.fromtimestamp(bundle.expires_at, timezone.utc)
-        raise FlashError(f"bundle {options.bundle} expired at {when:%Y-%m-%d %H:%M} UTC; make a new one with `coordinator enrol {bundle.device}`")
-    flashed_at = datetime.now(timezone.utc)
-    plan = CardPlan(
-        bundle=bundle,
-        hostname=options.hostname or bundle.device.replace("_", "-").replace(".", "-"),
-        instance_id=f"mobillm-{secrets.token_hex(8)}",
-        flashed_at=flashed_at,
-        user=options.user,
-        password_hash=_text_of(options.password_hash_file, "password hash") if options.password_hash_file else None,
-        ssh_keys=tuple(_text_of(path, "SSH key") for path in options.ssh_key_files),
-        wifi=_wifi(options, ask),
-        country=options.country,
-        timezone=options.timezone,
-        image_name=options.image.name,
-        agent_config=_text_of(options.agent_config, "agent's settings").encode() + b"\n" if options.agent_config else None,
-        backbone=_backbone(options.backbone) if options.backbone else {},
-    )
-    plan.check()
+    plan = plan_card(options, ask or ask_secret)
     map_path = block_map_beside(options.image)
-    block_map = read_block_map(map_path) if map_path else None
-    needed = block_map.image_size if block_map else options.size or 0
-    disk = check_target(options.target, needed, largest_bytes=options.largest_bytes)
+    disk = check_target(options.target, needed_bytes(options), largest_bytes=options.largest_bytes)
     if not options.yes:
         confirm(disk, options.target, console)
     with _Bars(console) as bars:
@@ -98,12 +140,13 @@ def flash(options: FlashOptions, console: Console, ask: Callable[[str], str] = g
             options.image,
             options.target,
             customise=lambda boot: put_files(boot, plan),
-            block_map=block_map,
+            block_map=read_block_map(map_path) if map_path else None,
             expected_sha256=options.sha256,
             expected_size=options.size,
             progress=bars.show,
         )
-    console.print(f"[bold]{bundle.device}[/] is on {options.target}: {written.image_size:,} bytes written and read back, {len(written.files)} files of its own.")
+    device = plan.bundle.device
+    console.print(f"[bold]{device}[/] is on {options.target}: {written.image_size:,} bytes written and read back, {len(written.files)} files of its own.")
     if plan.backbone:
         here = any(path.startswith(BACKBONE) for path in written.files)
         size = sum(map(len, plan.backbone.values()))
@@ -147,17 +190,38 @@ def confirm(disk: Disk | None, target: Path, console: Console) -> None:
         raise FlashError("not confirmed; nothing was written")
 
 
+def ask_secret(prompt: str) -> str:
+    """Asked for in the terminal, not shown.
+
+    Raises:
+        FlashError: nobody is there.
+
+    """
+    if sys.stdin.isatty():
+        with suppress(EOFError):
+            return getpass.getpass(prompt)
+    raise FlashError(f"nobody is there to answer {prompt.strip()!r}; name a file with it (--wifi-secret-file)")
+
+
 def _wifi(options: FlashOptions, ask: Callable[[str], str]) -> Wifi | None:
     if options.wifi is None:
         if options.wifi_secret_file:
             raise FlashError("--wifi-secret-file needs --wifi with the network's name")
         return None
-    secret = _text_of(options.wifi_secret_file, "Wi-Fi passphrase") if options.wifi_secret_file else ask(f"Passphrase of {options.wifi} (empty: open network): ")
+    if options.wifi_secret_file:
+        secret = _text_of(options.wifi_secret_file, "Wi-Fi passphrase")
+    else:
+        secret = ask(f"Passphrase of {options.wifi} (empty: open network): ")
     return Wifi.with_passphrase(options.wifi, secret)
 
 
-def _backbone(folder: Path) -> dict[str, bytes]:
-    """A prepared backbone's files, checked against its fingerprint."""
+def read_backbone(folder: Path) -> dict[str, bytes]:
+    """A prepared backbone's files, checked against its fingerprint.
+
+    Raises:
+        FlashError: there is none in `folder`, or it is damaged.
+
+    """
     try:
         check_artifact(folder)
         return {name: (folder / name).read_bytes() for name in (*FINGERPRINTED, MANIFEST)}
@@ -170,6 +234,15 @@ def _text_of(path: Path, what: str) -> str:
         return path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise FlashError(f"the file with the {what}, {path}, cannot be read: {error}") from error
+
+
+def _noting(wrong: list[str], read: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T | None:
+    """What `read` gives; None where it cannot, with its problems added to `wrong`."""
+    try:
+        return read(*arguments, **named)
+    except FlashError as error:
+        wrong.extend(error.problems)
+        return None
 
 
 class _Bars:

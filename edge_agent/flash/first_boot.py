@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from edge_agent.flash.errors import FlashError
 from edge_agent.flash.fat import MAX_FILE_BYTES, FatPartition
+from edge_agent.flash.values import wrong_values
 from side_tuning.bundle import Bundle
 
 System = Literal["cloud-init", "rpi-preseed", "firstrun"]
@@ -83,24 +84,15 @@ class CardPlan:
         """Refuse what no system could take.
 
         Raises:
-            FlashError: names the value.
+            FlashError: names each wrong value.
 
         """
-        if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?", self.hostname):
-            raise FlashError(f"host name {self.hostname!r} is not allowed: letters, digits and '-', at most 63; give another with --hostname")
-        if self.user is not None and not re.fullmatch(r"[a-z_][a-z0-9_-]{0,31}", self.user):
-            raise FlashError(f"user name {self.user!r} is not allowed: small letters, digits, '_' and '-', at most 32")
-        if (self.password_hash or self.ssh_keys) and self.user is None:
-            raise FlashError("a password or an SSH key needs a user; give --user")
-        if self.country is not None and not re.fullmatch(r"[A-Z]{2}", self.country):
-            raise FlashError(f"country {self.country!r} is not two capital letters like GB")
-        if self.wifi is not None and self.country is None:
-            raise FlashError("Wi-Fi needs --country: the radio of a Raspberry Pi stays off until it knows which rules apply")
-        if self.timezone is not None and not re.fullmatch(r"[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+){0,2}", self.timezone):
-            raise FlashError(f"time zone {self.timezone!r} is not of the form Europe/London")
-        for key in self.ssh_keys:
-            if not re.fullmatch(r"(ssh|ecdsa|sk)-[^\s]+ [A-Za-z0-9+/=]+( .*)?", key) or "\n" in key:
-                raise FlashError(f"SSH key {key[:40]!r} is no public key; give a .pub file")
+        wrong = wrong_values(
+            hostname=self.hostname, user=self.user, password=self.password_hash is not None, ssh_keys=self.ssh_keys,
+            wifi=self.wifi is not None, country=self.country, timezone=self.timezone,
+        )
+        if wrong:
+            raise FlashError(*wrong)
 
 
 def detect(boot: FatPartition) -> System:
@@ -173,6 +165,7 @@ def _manifest(plan: CardPlan, system: System, files: dict[str, bytes]) -> bytes:
     """What stays readable on the card: who it is and what was put on it. Hashes of files, none of their secrets."""
     manifest = {
         "device": plan.bundle.device,
+        "group": plan.bundle.group,
         "hostname": plan.hostname,
         "claim": plan.bundle.claim,
         "instance_id": plan.instance_id,

@@ -129,7 +129,7 @@ def test_a_bundle_holds_all_that_a_device_needs_and_is_secret(coordinator, tmp_p
     path = tmp_path / "kitchen.bundle.json"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     bundle = read_bundle(path)
-    assert (bundle.device, bundle.host, bundle.port, bundle.claims_port) == ("kitchen", "127.0.0.1", 1883, 8884)
+    assert (bundle.device, bundle.group, bundle.host, bundle.port, bundle.claims_port) == ("kitchen", "attic", "127.0.0.1", 1883, 8884)
     assert bundle.expires_at - bundle.issued_at == pytest.approx(12 * 3600, abs=2)
     assert bundle.checkpoint_public_key == coordinator.settings.public_key_file.read_text().strip()
 

@@ -101,8 +101,8 @@ def test_a_damaged_one_is_refused_before_anything_is_written(tmp_path: Path, art
 def test_a_fleet_file_names_a_backbone_for_each_card(tmp_path: Path, artifact: Path):
     shutil.copytree(artifact, tmp_path / "small")
     make_image(tmp_path / "os.img", SYSTEMS["cloud-init"], root_megabytes=1)
-    for device in ("kitchen", "study"):
-        (tmp_path / f"{device}.bundle.json").write_text(make_bundle(device).to_text())
+    for number, device in enumerate(("kitchen", "study")):
+        (tmp_path / f"{device}.bundle.json").write_text(make_bundle(device, claim=f"claim-{number:016x}").to_text())
     (tmp_path / "fleet.csv").write_text("device,backbone\nkitchen,small\nstudy,none\n")
     arguments = [
         "flash", "--image", str(tmp_path / "os.img"), "--fleet", str(tmp_path / "fleet.csv"), "--target", str(tmp_path / "card-{device}"),
@@ -110,7 +110,7 @@ def test_a_fleet_file_names_a_backbone_for_each_card(tmp_path: Path, artifact: P
     ]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1
-    assert "line 3: there is no backbone in" in result.output
+    assert "line 3 (study): the backbone cannot go on the card: " in result.output
     (tmp_path / "fleet.csv").write_text("device,backbone\nkitchen,small\nstudy,\n")
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
