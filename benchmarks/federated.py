@@ -255,11 +255,12 @@ class _Comparison:
             return Activations(name, self.backbone.manifest.fingerprint, inputs, np.array([numbers[row.label] for row in rows]), tokens)
 
         scores = {}
+        settings = self._settings().model_copy(update={"checkpoint_precision": "float"})
         for mode in MODES:
             plan = self._plan(mode)
             train = [activations("centre", [row for share in self.shares for row in share.train], plan)]
             held_out = [activations(str(number), share.test, plan) for number, share in enumerate(self.shares)]
-            scores[mode] = train_centrally(train, held_out, self._settings(), classes=len(numbers))
+            scores[mode] = train_centrally(train, held_out, settings, classes=len(numbers))
         return scores
 
     def _method(self, module: str, name: str, costs: str) -> dict[str, Any]:

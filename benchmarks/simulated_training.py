@@ -26,7 +26,6 @@ from coordinator.training.settings import TrainingSettings
 from coordinator.training.take_in import take_in
 from coordinator.training.trainer import Training, may_step, open_training, take_step, take_up
 from side_tuning.backbone_manifest import BackboneManifest
-from side_tuning.network.files import save_alignment, save_ladder
 from side_tuning.wire import topics
 from side_tuning.wire.frame import decode
 from side_tuning.wire.messages import TapPlan
@@ -142,9 +141,8 @@ def _learn(  # noqa: PLR0917 - as above
     if not curve or curve[-1].step != training.step:
         curve.append(_measure(training, now, arrived))
     torch.set_num_threads(threads)
-    learner = training.learner
-    alignments = learner.average_alignments.values()
-    size = len(save_ladder(learner.average_ladder)) + max(len(save_alignment(alignment)) for alignment in alignments)
+    published = training.learner.published()
+    size = len(published.ladder_file) + max(map(len, published.alignment_files.values()))
     return Learned(curve, spent, size)
 
 

@@ -79,6 +79,7 @@ def compare(
     classes = len(plan.labels)
     found = {path.stem.removeprefix("alignment-"): load_alignment(path) for path in checkpoint_folder.glob("alignment-*")}
     anchor_maps = {fingerprint: one for fingerprint, one in found.items() if isinstance(one, AnchorMap)}
+    settings = settings.model_copy(update={"checkpoint_precision": "float"})
     say("comparison: training one side network centrally")
     central = train_centrally(train, held_out, settings, classes=classes, samples_drawn=samples_drawn, anchor_maps=anchor_maps)
     say("comparison: training one side network per device")

@@ -1,6 +1,6 @@
 """Checkpoint folders `{run}/{step:08d}`: what the devices get, and all that the trainer needs to go on bit for bit.
 
-    ladder.safetensors, alignment-{fingerprint}.safetensors   averaged weights, as sent out
+    ladder.safetensors, alignment-{fingerprint}.safetensors   averaged weights, rounded, as sent out
     trainer.safetensors                                       live weights, averages, optimizer, sampler's counts
     checkpoint.json                                           plan, side width, metrics, sha256 of each file
 
@@ -28,7 +28,6 @@ from torch import Tensor
 from coordinator.files import sync_folder
 from coordinator.training.learner import Learner
 from side_tuning.network.anchor_map import AnchorMap
-from side_tuning.network.files import save_alignment, save_ladder
 from side_tuning.wire.messages import TapPlan
 
 log = logging.getLogger(__name__)
@@ -65,9 +64,9 @@ def save_checkpoint(
     final = folder / f"{progress.step:08d}"
     if final.exists():
         return final
-    files = {"ladder.safetensors": save_ladder(learner.average_ladder)}
-    for fingerprint, alignment in learner.average_alignments.items():
-        files[f"alignment-{fingerprint}.safetensors"] = save_alignment(alignment)
+    published = learner.published()
+    files = {"ladder.safetensors": published.ladder_file}
+    files |= {f"alignment-{fingerprint}.safetensors": file for fingerprint, file in published.alignment_files.items()}
     files[TRAINER] = _pack(learner, progress)
     description = {
         "format": FORMAT,

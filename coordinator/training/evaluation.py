@@ -1,6 +1,6 @@
 """Held-out accuracy with the averaged weights: fleet, per device, per backbone type, worst device.
 
-It computes what the devices themselves would predict: same weights, same quantized activations.
+It computes what the devices themselves would predict: same rounded weights, same quantized activations.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ def evaluate(cache: TapCache, learner: Learner, largest: int) -> list[Measuremen
     correct = np.empty(len(held_out), bool)
     losses = np.empty(len(held_out), np.float64)
     size = _ROWS_AT_A_TIME if cache.mode == "pooled" else _TOKEN_ROWS_AT_A_TIME
+    published = learner.published()
     for start in range(0, len(held_out), size):
         done = start
         for rows in cache.gather(held_out[start : start + size]):
-            logits = learner.logits(rows).astype(np.float64)
+            logits = published.logits(rows).astype(np.float64)
             here = slice(done, done + len(rows.labels))
             correct[here] = logits.argmax(1) == rows.labels
             logits -= logits.max(1, keepdims=True)

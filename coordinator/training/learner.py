@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from coordinator.training.settings import TrainingSettings
 from side_tuning.network.alignment import Alignment
 from side_tuning.network.anchor_map import AnchorMap
+from side_tuning.network.files import load_alignment, load_ladder, save_alignment, save_ladder
 from side_tuning.network.side_network import SideNetwork, SideNetworkConfig, predict_logits
 from side_tuning.wire.messages import Mode
 
@@ -51,6 +52,20 @@ def side_network_config(
         dropout=settings.dropout,
         entry_width=entry_width,
     )
+
+
+@dataclass(frozen=True)
+class Published:
+    """The averaged weights as devices get them: the files, and the networks that the files hold."""
+
+    ladder_file: bytes
+    alignment_files: Mapping[str, bytes]  # by fingerprint
+    ladder: SideNetwork
+    alignments: Mapping[str, AnyAlignment]
+
+    def logits(self, rows: Rows) -> np.ndarray:
+        """What a device with these files computes."""
+        return predict_logits(self.alignments[rows.fingerprint], self.ladder, rows.inputs, rows.mask)
 
 
 class Learner:
@@ -107,9 +122,13 @@ class Learner:
         self._average(step)
         return float(loss.detach())
 
-    def logits(self, rows: Rows) -> np.ndarray:
-        """What a device with the averaged weights would compute."""
-        return predict_logits(self.average_alignments[rows.fingerprint], self.average_ladder, rows.inputs, rows.mask)
+    def published(self) -> Published:
+        """The averaged weights, rounded to `checkpoint_precision`."""
+        precision = None if self.settings.checkpoint_precision == "float" else self.settings.checkpoint_precision
+        ladder_file = save_ladder(self.average_ladder, precision=precision)
+        files = {name: save_alignment(alignment, precision=precision) for name, alignment in self.average_alignments.items()}
+        alignments = {name: load_alignment(file).to(self.device) for name, file in files.items()}
+        return Published(ladder_file, files, load_ladder(ladder_file).to(self.device), alignments)
 
     def _align(self, batch: Sequence[Rows]) -> tuple[Tensor, Tensor | None, Tensor]:
         aligned, masks, labels = [], [], []

@@ -138,10 +138,11 @@ def _train(
 def _score(learner: Learner, held_out: Sequence[Activations], steps: int) -> Score:
     correct: dict[str, int] = {}
     samples: dict[str, int] = {}
+    published = learner.published()
     for group in held_out:
         for start in range(0, len(group.labels), 512):
             rows = group.rows(np.arange(start, min(start + 512, len(group.labels))))
-            right = int((learner.logits(rows).argmax(1) == rows.labels).sum())
+            right = int((published.logits(rows).argmax(1) == rows.labels).sum())
             correct[group.device] = correct.get(group.device, 0) + right
             samples[group.device] = samples.get(group.device, 0) + len(rows.labels)
     by_device = {device: correct[device] / samples[device] for device in correct}

@@ -39,6 +39,9 @@ class TrainingSettings(BaseModel):
     gradient_clip: float = Field(default=1.0, gt=0)
     ema_decay: float = Field(default=0.998, ge=0, lt=1)  # weights that are evaluated and sent out: a running mean
 
+    # What devices fetch. int8 is a quarter of float; agents of releases that had float only refuse anything else and keep what they have.
+    checkpoint_precision: Literal["float", "fp16", "int8", "int4"] = "int8"
+
     # The sampler (METHOD: sampling). Shares go by stored samples to the power of tau: 1 every sample alike, 0 every device alike.
     tau: float = Field(default=0.5, ge=0, le=1)
     class_tau: float = Field(default=1.0, ge=0, le=1)  # the same between the classes within one device; below 1 raises rare ones

@@ -1,5 +1,9 @@
 """Ladder and alignment as safetensors files, with the configuration as JSON in the metadata.
 
+A file that a device fetches has its large matrices in a codec of `side_tuning.wire.codecs`, as bytes under the tensor's
+own name; `precision` in the configuration says which. Without it all values are plain. Whoever must see what devices see
+loads the file, too: rounded weights are in no other place.
+
 Nothing is built before the configuration is within bounds and every tensor's name, type and shape fits it; values
 must be finite. The bytes may come from the network.
 """
@@ -20,11 +24,16 @@ from torch import Tensor
 from side_tuning.network.alignment import Alignment, AlignmentConfig
 from side_tuning.network.anchor_map import AnchorMap
 from side_tuning.network.side_network import SideNetwork, SideNetworkConfig
-from side_tuning.wire.messages import MAX_BLOB_BYTES, MAX_BLOCKS, MAX_LABELS, Mode
+from side_tuning.wire.bounded import FrameError
+from side_tuning.wire.codecs import decode_vectors, encode_vectors, encoded_bytes
+from side_tuning.wire.messages import MAX_BLOB_BYTES, MAX_BLOCKS, MAX_LABELS, CodecName, Mode
 
 MAX_HEADER_BYTES = 1 << 20
 MAX_SIDE_WIDTH = 16_384
 MAX_WIDTH_IN = 65_536
+FEWEST_ENCODED = 1024  # values; below that a matrix is not worth a codec
+GROUP = 128  # values of a row that share a scale
+_STATISTICS = ("mean", "variance", "spread")  # of channels, whose sizes differ too much for a common scale
 _TYPES = {torch.float32: "F32", torch.float16: "F16", torch.int64: "I64"}
 
 Network = TypeVar("Network", SideNetwork, Alignment, AnchorMap)
@@ -34,15 +43,15 @@ class NetworkFileError(ValueError):
     """A ladder or alignment file that cannot be used; the text says why."""
 
 
-def save_ladder(ladder: SideNetwork, path: Path | None = None) -> bytes:
-    """The ladder as safetensors bytes; written to `path` too, if given."""
-    return _save(ladder.state_dict(), {"kind": "ladder", **asdict(ladder.config)}, path)
+def save_ladder(ladder: SideNetwork, path: Path | None = None, precision: CodecName | None = None) -> bytes:
+    """The ladder as safetensors bytes, its matrices in `precision` if given; written to `path` too, if given."""
+    return _save(ladder.state_dict(), {"kind": "ladder", **asdict(ladder.config)}, path, precision)
 
 
-def save_alignment(alignment: Alignment | AnchorMap, path: Path | None = None) -> bytes:
-    """The alignment, trained or fixed by anchors, as safetensors bytes; written to `path` too, if given."""
+def save_alignment(alignment: Alignment | AnchorMap, path: Path | None = None, precision: CodecName | None = None) -> bytes:
+    """The alignment, trained or fixed by anchors, as `save_ladder` does it."""
     kind = "anchor-map" if isinstance(alignment, AnchorMap) else "alignment"
-    return _save(alignment.state_dict(), {"kind": kind, **asdict(alignment.config)}, path)
+    return _save(alignment.state_dict(), {"kind": kind, **asdict(alignment.config)}, path, precision)
 
 
 def load_ladder(source: Path | bytes) -> SideNetwork:
@@ -71,7 +80,7 @@ def load_ladder(source: Path | bytes) -> SideNetwork:
         raise NetworkFileError(f"ladder: {error}") from error
     with torch.device("meta"):
         ladder = SideNetwork(wanted)
-    return _fill(ladder, data, header, "ladder")
+    return _fill(ladder, data, header, config)
 
 
 def load_alignment(source: Path | bytes) -> Alignment | AnchorMap:
@@ -82,15 +91,18 @@ def load_alignment(source: Path | bytes) -> Alignment | AnchorMap:
         width_out = _whole(config, "width_out", MAX_SIDE_WIDTH)
         with torch.device("meta"):
             anchor_map = AnchorMap(width_in, width_out, blocks)
-        return _fill(anchor_map, data, header, "anchor-map")
+        return _fill(anchor_map, data, header, config)
     wanted = AlignmentConfig(width_in, _whole(config, "side_width", MAX_SIDE_WIDTH), blocks)
     with torch.device("meta"):
         alignment = Alignment(wanted.width_in, wanted.side_width, wanted.blocks)
-    return _fill(alignment, data, header, "alignment")
+    return _fill(alignment, data, header, config)
 
 
-def _save(state: Mapping[str, Tensor], config: dict[str, Any], path: Path | None) -> bytes:
+def _save(state: Mapping[str, Tensor], config: dict[str, Any], path: Path | None, precision: CodecName | None) -> bytes:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    if precision is not None:
+        config = {**config, "precision": precision}
+        tensors = {name: _encoded(tensor, precision) if _is_encoded(name, tensor) else tensor for name, tensor in tensors.items()}
     data = save_tensors(tensors, {"config": json.dumps(config, sort_keys=True)})
     if path is not None:
         path.write_bytes(data)
@@ -123,20 +135,49 @@ def _whole(config: dict[str, Any], name: str, high: int, *, low: int = 1) -> int
     return value
 
 
-def _fill(network: Network, data: bytes, header: dict[str, Any], kind: str) -> Network:
+def _is_encoded(name: str, tensor: Tensor) -> bool:
+    large = tensor.dim() >= 2 and tensor.numel() >= FEWEST_ENCODED and tensor.is_floating_point()
+    return large and name.rpartition(".")[2] not in _STATISTICS
+
+
+def _encoded(tensor: Tensor, precision: CodecName) -> Tensor:
+    rows = tensor.reshape(-1, tensor.shape[-1]).float().numpy()
+    return torch.frombuffer(bytearray(encode_vectors(rows, precision, GROUP)), dtype=torch.uint8)
+
+
+def _decoded(found: Tensor, wanted: Tensor, precision: CodecName) -> Tensor:
+    width = wanted.shape[-1]
+    values = decode_vectors(found.numpy().tobytes(), wanted.numel() // width, width, precision, GROUP)
+    return torch.from_numpy(values).reshape(wanted.shape).to(wanted.dtype)
+
+
+def _fill(network: Network, data: bytes, header: dict[str, Any], config: dict[str, Any]) -> Network:
+    kind, precision = config["kind"], config.get("precision")
+    if precision is not None and precision not in get_args(CodecName):
+        raise NetworkFileError(f"{kind}: precision {precision!r:.80} is not one of {', '.join(get_args(CodecName))}; update this program")
     wanted = network.state_dict()
     if set(header) != set(wanted):
         odd = sorted(set(header) ^ set(wanted))[:3]
         raise NetworkFileError(f"{kind}: tensors do not fit the configuration: {', '.join(odd)} missing or not wanted")
+    encoded = {name for name, tensor in wanted.items() if precision is not None and _is_encoded(name, tensor)}
     for name, tensor in wanted.items():
         entry = header[name] if isinstance(header[name], dict) else {}
         found = (entry.get("dtype"), entry.get("shape"))
-        if found != (_TYPES[tensor.dtype], list(tensor.shape)):
-            raise NetworkFileError(f"{kind}: tensor {name} is {found!r:.120}, wanted {_TYPES[tensor.dtype]} {list(tensor.shape)}")
+        expected = (_TYPES[tensor.dtype], list(tensor.shape))
+        if name in encoded:
+            width = tensor.shape[-1]
+            expected = ("U8", [encoded_bytes(tensor.numel() // width, width, precision, GROUP)])
+        if found != expected:
+            raise NetworkFileError(f"{kind}: tensor {name} is {found!r:.120}, wanted {expected[0]} {expected[1]}")
     try:
         tensors = load_tensors(data)
     except Exception as error:  # SafetensorError is not exported as a type
         raise NetworkFileError(f"{kind}: damaged safetensors file: {error}") from error
+    for name in encoded:
+        try:
+            tensors[name] = _decoded(tensors[name], wanted[name], precision)
+        except FrameError as error:
+            raise NetworkFileError(f"{kind}: tensor {name}: {error}") from error
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise NetworkFileError(f"{kind}: tensor {name} holds values that are not finite")

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from side_tuning.network.alignment import Alignment
+from side_tuning.network.anchor_map import AnchorMap
 from side_tuning.network.files import (
     NetworkFileError,
     load_alignment,
@@ -18,6 +19,7 @@ from side_tuning.network.files import (
     save_ladder,
 )
 from side_tuning.network.side_network import SideNetwork, SideNetworkConfig
+from side_tuning.wire.messages import CodecName
 
 LADDER = {"kind": "ladder", "side_width": 8, "blocks": 2, "classes": 3, "mode": "pooled", "heads": 4, "expansion": 2, "dropout": 0.1}
 
@@ -79,6 +81,49 @@ def test_alignment_comes_back_bit_for_bit(width: int) -> None:
 def test_ladder_files_that_do_not_fit_are_refused(data: bytes, why: str) -> None:
     with pytest.raises(NetworkFileError, match=why):
         load_ladder(data)
+
+
+@pytest.mark.parametrize(("precision", "share", "lost"), [("fp16", 0.55, 1e-3), ("int8", 0.32, 0.01), ("int4", 0.2, 0.12)])
+def test_rounded_files_are_small_and_near(precision: CodecName, share: float, lost: float) -> None:
+    ladder = SideNetwork(SideNetworkConfig(64, 2, 64, "pooled", entry_width=128))
+    alignment = Alignment(384, 64, 2)
+    alignment.observe(1e4 * torch.randn(5, 2, 384))
+    anchor_map = AnchorMap(384, 64, 2)
+    anchor_map.matrix.copy_(torch.randn(anchor_map.matrix.shape))
+    assert len(save_ladder(ladder, precision=precision)) < share * len(save_ladder(ladder))
+    assert len(save_alignment(alignment, precision=precision)) < share * len(save_alignment(alignment))
+    pairs = [(ladder, load_ladder(save_ladder(ladder, precision=precision)))]
+    pairs += [(one, load_alignment(save_alignment(one, precision=precision))) for one in (alignment, anchor_map)]
+    for exact, loaded in pairs:
+        assert loaded.config == exact.config
+        for name, wanted in exact.state_dict().items():
+            found = loaded.state_dict()[name]
+            assert found.dtype == wanted.dtype
+            if wanted.dim() < 2 or name in {"mean", "variance", "spread", "layer_logits"}:
+                assert torch.equal(found, wanted), name
+            else:
+                assert (found.float() - wanted.float()).norm() <= lost * wanted.float().norm(), name
+
+
+def test_rounded_files_that_do_not_fit_are_refused() -> None:
+    alignment = Alignment(384, 8, 2)
+    tensors = load(save_alignment(alignment, precision="int8"))
+    config = {"kind": "alignment", "width_in": 384, "side_width": 8, "blocks": 2, "precision": "int8"}
+
+    def file(project: torch.Tensor, **changes: object) -> bytes:
+        return save({**tensors, "project": project}, {"config": json.dumps({**config, **changes})})
+
+    load_alignment(file(tensors["project"]))
+    with pytest.raises(NetworkFileError, match="int3.*update this program"):
+        load_alignment(file(tensors["project"], precision="int3"))
+    with pytest.raises(NetworkFileError, match="project"):
+        load_alignment(file(tensors["project"], precision="int4"))
+    with pytest.raises(NetworkFileError, match="project"):
+        load_alignment(file(tensors["project"][:-1].clone()))
+    with pytest.raises(NetworkFileError, match="project"):
+        load_alignment(file(alignment.state_dict()["project"]))
+    with pytest.raises(NetworkFileError, match="project.*NaN"):
+        load_alignment(file(torch.full_like(tensors["project"], 0xFF)))
 
 
 def test_truncated_files_are_refused_at_every_length() -> None:
