@@ -39,6 +39,8 @@ from benchmarks.time_model import fleet_profile, hand_out_seconds, round_seconds
 from coordinator import backbones
 from coordinator.demonstration.data import Dataset, Partition, Share, deal, load_dataset
 from coordinator.demonstration.fleet import PreparedBackbone
+from coordinator.planning import plan_from_settings
+from coordinator.settings import CoordinatorSettings
 from coordinator.training.reference import Activations, train_centrally
 from coordinator.training.settings import TrainingSettings
 from edge_agent.backbone import Backbone
@@ -92,7 +94,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=1500, help="train rows that are used (default 1500; 0: all)")
     parser.add_argument("--test-rows", type=int, default=0, help="test rows that are used (default all)")
     parser.add_argument("--devices", type=int, default=8)
-    parser.add_argument("--layers", type=int, default=3, help="of MiniLM, for every method (default 3)")
+    parser.add_argument("--layers", type=int, default=6, help="of MiniLM, for every method (default 6, all of them)")
     parser.add_argument("--rounds", type=int, default=12, help="of FedAvg; FedBuff gets as many turns (default 12)")
     parser.add_argument("--central-epochs", type=int, default=6)
     parser.add_argument("--learning-rate", type=float, default=Recipe.learning_rate, help="of LoRA")
@@ -139,7 +141,11 @@ class _Comparison:
         say = self.console.print
         say("  costs, each in a process of its own")
         lora = self._program("benchmarks.peers.lora_cost", str(self.job), "0", "0")
-        ours = self._program("benchmarks.side_tuning_cost", str(self.job), str(self.backbone.folder), "0")
+        plans = self.folder / "plans"
+        plans.mkdir()
+        for mode in MODES:
+            (plans / mode).write_bytes(self._plan(mode).to_bytes())
+        ours = self._program("benchmarks.side_tuning_cost", str(self.job), str(self.backbone.folder), "0", after=(str(plans),))
         moved = None
         if self.options.flower:
             say("  Flower's network")
@@ -228,7 +234,13 @@ class _Comparison:
         return tap_fleet(Backbone.load(self.backbone.folder), self._plan(mode), shares)
 
     def _plan(self, mode: Mode) -> TapPlan:
-        return TapPlan(1, self.dataset.labels, blocks=self.options.layers, mode=mode, max_tokens=MAX_TOKENS)
+        """The plan that a coordinator makes by default for this backbone."""
+        settings = CoordinatorSettings.model_validate(
+            {"data_directory": self.folder, "broker": {"host": "localhost"}, "task": {"labels": self.dataset.labels}}
+        )
+        plan = plan_from_settings(settings, [self.options.layers])
+        assert plan is not None
+        return replace(plan, mode=mode, max_tokens=MAX_TOKENS)
 
     def _learn(self, mode: Mode, devices: list[TappedDevice], real: RealFleet) -> Learned:
         payload = sum(frame.payload_bytes for device in devices for frame in device.train)

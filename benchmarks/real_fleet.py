@@ -31,10 +31,12 @@ from coordinator.demonstration.running import RunningFleet
 from coordinator.demonstration.view import View
 from coordinator.settings import load_settings
 from coordinator.store.engine import open_store
+from edge_agent.settings import HealthSettings
 from side_tuning.wire.messages import Mode
 
 SECONDS = 240.0  # at most, from the first sample on
 PRODUCING_SECONDS = 20.0
+HEALTH_SECONDS = HealthSettings().every_seconds  # the agent's default; the demonstration has a quicker one
 INFERRING_SECONDS = 600.0
 LONG_SECONDS = 3_600.0  # between checkpoints while samples still come: no device needs one before the end
 
@@ -81,7 +83,7 @@ def run_fleet(  # noqa: PLR0917 - who has what, on what, where
     prepare_coordinator(settings, devices)
     proxies = [CountingProxy((settings.broker.host, settings.broker.port)) for _ in devices]
     for device, proxy in zip(devices, proxies, strict=True):
-        write_agent_config(device, port=proxy.port, public_key_file=settings.public_key_file)
+        write_agent_config(device, port=proxy.port, public_key_file=settings.public_key_file, health_seconds=HEALTH_SECONDS)
     options = Options(None, len(devices), Partition("iid"), "mosquitto", SECONDS, None, seed, folder, compare=False)
     store = open_store(settings.database_url, read_only=True)
     try:

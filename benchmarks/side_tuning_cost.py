@@ -1,6 +1,6 @@
-"""What this project costs a device, in a process of its own: `python -m benchmarks.side_tuning_cost JOB BACKBONE DEVICE OUT`.
+"""What this project costs a device, in a process of its own: `python -m benchmarks.side_tuning_cost JOB BACKBONE DEVICE OUT PLANS`.
 
-The agent's forward pass and encoding over the device's rows, in both modes: FLOPs by torch's counter, seconds, payload
+The agent's forward pass and encoding over the device's rows, under the plan `PLANS/MODE` of both modes: FLOPs by torch's counter, seconds, payload
 bytes, and the peak memory of a process that imports nothing but what the agent imports for it (one process per mode).
 """
 
@@ -14,18 +14,18 @@ from pathlib import Path
 
 
 def main() -> None:
-    job, backbone, device, out = sys.argv[1:5]
+    job, backbone, device, out, plans = sys.argv[1:6]
     found = {}
     for mode in ("pooled", "sequence"):
         done = subprocess.run(
-            [sys.executable, "-c", "from benchmarks.side_tuning_cost import measure; import sys; measure(*sys.argv[1:])", job, backbone, device, mode],
+            [sys.executable, "-c", "from benchmarks.side_tuning_cost import measure; import sys; measure(*sys.argv[1:])", job, backbone, device, str(Path(plans) / mode)],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         found[mode] = json.loads(done.stdout.splitlines()[-1])
     Path(out).write_text(json.dumps(found), encoding="utf-8")
 
 
-def measure(job: str, folder: str, device: str, mode: str) -> None:
+def measure(job: str, folder: str, device: str, plan_file: str) -> None:
     """Print the costs as JSON."""
     import time
 
@@ -35,7 +35,7 @@ def measure(job: str, folder: str, device: str, mode: str) -> None:
 
     content = json.loads(Path(job).read_text(encoding="utf-8"))
     texts = [text if isinstance(text, str) else tuple(text) for text in content["train"][int(device)]["texts"]]
-    plan = TapPlan(1, tuple(map(str, range(content["classes"]))), blocks=content["layers"], mode=mode, max_tokens=content["max_tokens"])  # type: ignore[arg-type]
+    plan = TapPlan.from_bytes(Path(plan_file).read_bytes())
     backbone = Backbone.load(folder)
     size = 0
 

@@ -146,7 +146,7 @@ def write_coordinator_config(path: Path, dataset: Dataset, *, data: Path, port: 
     )
 
 
-def write_agent_config(device: DemoDevice, *, port: int, public_key_file: Path) -> None:
+def write_agent_config(device: DemoDevice, *, port: int, public_key_file: Path, health_seconds: float = HEARTBEAT_SECONDS) -> None:
     write_toml(
         device.config_file,
         {
@@ -155,7 +155,7 @@ def write_agent_config(device: DemoDevice, *, port: int, public_key_file: Path) 
             "log_level": "info",
             "broker": {"host": LOOPBACK, "port": port, "tls": False, "reconnect_max_seconds": 2.0},
             "backbone": {"folder": str(device.backbone.folder)},
-            "health": {"every_seconds": HEARTBEAT_SECONDS},
+            "health": {"every_seconds": health_seconds},
             "publisher": {"resend_seconds": 5.0},
             "checkpoint": {"public_key_file": str(public_key_file)},
             "sources": [{"kind": "file", "path": str(device.samples_file), "rate_per_second": device.rate_per_second}],

@@ -20,7 +20,7 @@ class TrainingSettings(BaseModel):
     threads: int = Field(default=1, ge=1)
 
     # The side network. A change here starts a new run.
-    side_width: int = Field(default=128, ge=8, le=4096)
+    side_width: int = Field(default=64, ge=8, le=4096)
     heads: int = Field(default=4, ge=1, le=64)  # `sequence` mode
     expansion: int = Field(default=2, ge=1, le=8)
     dropout: float = Field(default=0.1, ge=0, lt=1)

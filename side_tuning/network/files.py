@@ -159,23 +159,25 @@ def _fill(network: Network, data: bytes, header: dict[str, Any], config: dict[st
     if set(header) != set(wanted):
         odd = sorted(set(header) ^ set(wanted))[:3]
         raise NetworkFileError(f"{kind}: tensors do not fit the configuration: {', '.join(odd)} missing or not wanted")
-    encoded = {name for name, tensor in wanted.items() if precision is not None and _is_encoded(name, tensor)}
+    encoded: dict[str, CodecName] = {}
+    if precision is not None:
+        encoded = {name: precision for name, tensor in wanted.items() if _is_encoded(name, tensor)}
     for name, tensor in wanted.items():
         entry = header[name] if isinstance(header[name], dict) else {}
         found = (entry.get("dtype"), entry.get("shape"))
         expected = (_TYPES[tensor.dtype], list(tensor.shape))
         if name in encoded:
             width = tensor.shape[-1]
-            expected = ("U8", [encoded_bytes(tensor.numel() // width, width, precision, GROUP)])
+            expected = ("U8", [encoded_bytes(tensor.numel() // width, width, encoded[name], GROUP)])
         if found != expected:
             raise NetworkFileError(f"{kind}: tensor {name} is {found!r:.120}, wanted {expected[0]} {expected[1]}")
     try:
         tensors = load_tensors(data)
     except Exception as error:  # SafetensorError is not exported as a type
         raise NetworkFileError(f"{kind}: damaged safetensors file: {error}") from error
-    for name in encoded:
+    for name, codec in encoded.items():
         try:
-            tensors[name] = _decoded(tensors[name], wanted[name], precision)
+            tensors[name] = _decoded(tensors[name], wanted[name], codec)
         except FrameError as error:
             raise NetworkFileError(f"{kind}: tensor {name}: {error}") from error
     for name, tensor in tensors.items():
