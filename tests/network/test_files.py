@@ -114,7 +114,7 @@ def test_rounded_files_that_do_not_fit_are_refused() -> None:
         return save({**tensors, "project": project}, {"config": json.dumps({**config, **changes})})
 
     load_alignment(file(tensors["project"]))
-    with pytest.raises(NetworkFileError, match="int3.*update this program"):
+    with pytest.raises(NetworkFileError, match=r"int3.*update this program"):
         load_alignment(file(tensors["project"], precision="int3"))
     with pytest.raises(NetworkFileError, match="project"):
         load_alignment(file(tensors["project"], precision="int4"))
@@ -122,7 +122,7 @@ def test_rounded_files_that_do_not_fit_are_refused() -> None:
         load_alignment(file(tensors["project"][:-1].clone()))
     with pytest.raises(NetworkFileError, match="project"):
         load_alignment(file(alignment.state_dict()["project"]))
-    with pytest.raises(NetworkFileError, match="project.*NaN"):
+    with pytest.raises(NetworkFileError, match=r"project.*NaN"):
         load_alignment(file(torch.full_like(tensors["project"], 0xFF)))
 
 
