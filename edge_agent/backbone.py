@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_agent.language_rows import LanguageRows, language_rows
 from side_tuning.backbone_manifest import (
     MAPS,
     TOKENIZER,
@@ -21,6 +22,7 @@ from side_tuning.backbone_manifest import (
     check_artifact,
     read_manifest,
 )
+from side_tuning.wire.messages import TapPlan
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,6 +42,17 @@ class Activations:
 
     states: dict[int, Tensor]  # (B, T, width)
     mask: Tensor  # (B, T) bool
+
+
+def _check_texts(texts: Texts) -> list[tuple[str, ...]]:
+    """Each text's one or two parts; raises `TextError` for the first that is empty."""
+    found: list[tuple[str, ...]] = []
+    for index, text in enumerate(texts):
+        parts = (text,) if isinstance(text, str) else tuple(text)
+        if len(parts) not in (1, 2) or not all(isinstance(part, str) and part.strip() for part in parts):
+            raise TextError(index, "is empty: leave it out, or give it words")
+        found.append(parts)
+    return found
 
 
 class Backbone:
@@ -108,22 +121,39 @@ class Backbone:
             BackboneError: a layer that was not loaded, or no texts.
 
         """
+        if not texts:
+            raise BackboneError("no texts were given")
+        encodings = self._encode(texts, max_tokens)
+        return self._forward([e.ids for e in encodings], layers, [e.type_ids for e in encodings])
+
+    def language_states(self, texts: Texts, layers: Sequence[int], plan: TapPlan) -> tuple[Activations, list[LanguageRows]]:
+        """Outputs of the blocks `layers` (1-based) and the rows of each text or pair for tuning a language model.
+
+        Raises:
+            TextError: a text that gives no row to train on; says which.
+            BackboneError: a layer that was not loaded, or no texts.
+
+        """
+        if not texts:
+            raise BackboneError("no texts were given")
+        _check_texts(texts)
+        rows = language_rows(self._tokenizer, texts, plan)
+        return self._forward([row.read for row in rows], layers), rows
+
+    def _forward(self, tokens: Sequence[list[int]], layers: Sequence[int], type_ids: Sequence[list[int]] | None = None) -> Activations:
         import torch
 
         if not layers or not all(1 <= n <= self.last_layer for n in layers):
             raise BackboneError(f"layers {list(layers)} were asked of a backbone that has 1 to {self.last_layer}")
-        if not texts:
-            raise BackboneError("no texts were given")
-        encodings = self._encode(texts, max_tokens)
-        B, T = len(encodings), max(len(e.ids) for e in encodings)
+        B, T = len(tokens), max(map(len, tokens))
         ids = torch.full((B, T), self._pad)
         mask = torch.zeros((B, T), dtype=torch.long)
         types = torch.zeros((B, T), dtype=torch.long)
-        for row, encoding in enumerate(encodings):
-            length = len(encoding.ids)
-            ids[row, :length] = torch.tensor(encoding.ids)
-            types[row, :length] = torch.tensor(encoding.type_ids)
-            mask[row, :length] = 1
+        for row, numbers in enumerate(tokens):
+            ids[row, : len(numbers)] = torch.tensor(numbers)
+            mask[row, : len(numbers)] = 1
+            if type_ids is not None:
+                types[row, : len(numbers)] = torch.tensor(type_ids[row])
         inputs = {"input_ids": ids, "attention_mask": mask}
         if self._type_ids:
             inputs["token_type_ids"] = types
@@ -149,10 +179,7 @@ class Backbone:
 
     def _encode(self, texts: Texts, max_tokens: int) -> list[Encoding]:
         pairs: list[str | tuple[str, str]] = []
-        for index, text in enumerate(texts):
-            parts = (text,) if isinstance(text, str) else tuple(text)
-            if len(parts) not in (1, 2) or not all(isinstance(part, str) and part.strip() for part in parts):
-                raise TextError(index, "is empty: leave it out, or give it words")
+        for parts in _check_texts(texts):
             if len(parts) == 1:
                 pairs.append(parts[0])
             elif self.manifest.kind == "encoder":

@@ -22,7 +22,8 @@ BATCH_SAMPLES = 32
 def export_taps(backbone_folder: Path, plan: TapPlan, samples: Path, out: Path, *, limit: int | None = None) -> int:
     """Write taps, labels, splits and token counts of the first `limit` samples to `out` (safetensors); returns how many.
 
-    Tensors: `layer.N` float32 (rows, width), `label` int64 (-1 for none), `held_out` bool, `tokens` int64.
+    Tensors: `layer.N` float32 (rows, width), `label` int64 (-1 for none), `held_out` bool, `tokens` int64; of a language model
+    also `token_ids` int64 (sum of tokens + 1 per sample) and `supervised_from` int64, as in a frame.
     """
     import numpy as np
     from safetensors.numpy import save_file
@@ -35,16 +36,23 @@ def export_taps(backbone_folder: Path, plan: TapPlan, samples: Path, out: Path, 
     rows = _read(samples, limit)
     values: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}
     tokens: list[int] = []
+    token_ids: list[np.ndarray] = []
+    supervised_from: list[int] = []
     for start in range(0, len(rows), BATCH_SAMPLES):
         matrices = compute_taps(backbone, [row.text for row in rows[start : start + BATCH_SAMPLES]], plan)
         tokens += matrices.tokens
+        token_ids += matrices.token_ids or []
+        supervised_from += matrices.supervised_from or []
         for layer, vectors in matrices.values.items():
             values[layer].append(vectors)
-    labels = [label_index(row.label, plan.labels) for row in rows]
+    labels = [None if plan.task == "causal-lm" else label_index(row.label, plan.labels) for row in rows]
     tensors = {f"layer.{layer}": np.concatenate(parts) for layer, parts in values.items()}
     tensors["label"] = np.array([-1 if label is None else label for label in labels], np.int64)
     tensors["held_out"] = np.array([row.split == "held-out" for row in rows])
     tensors["tokens"] = np.array(tokens, np.int64)
+    if token_ids:
+        tensors["token_ids"] = np.concatenate(token_ids)
+        tensors["supervised_from"] = np.array(supervised_from, np.int64)
     save_file(tensors, out)
     return len(rows)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from edge_agent.samples import RowError, Sample, label_index
 from edge_agent.taps import TapMatrices, compute_taps
 from side_tuning.wire.frame import SampleInfo
 from side_tuning.wire.messages import TapPlan
+from side_tuning.wire.token_ids import TokenIds
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +27,8 @@ def tap_samples(backbone: Backbone, samples: Sequence[Sample], plan: TapPlan, re
     usable: list[tuple[Sample, int | None]] = []
     for sample in samples:
         try:
-            usable.append((sample, label_index(sample.label, plan.labels)))
+            # A language model is trained on the text itself: a label that the row carries is no use to it.
+            usable.append((sample, None if plan.task == "causal-lm" else label_index(sample.label, plan.labels)))
         except RowError as error:
             refuse(sample.id, error.reason, _at(sample, str(error)))
     matrices: TapMatrices | None = None
@@ -34,7 +37,7 @@ def tap_samples(backbone: Backbone, samples: Sequence[Sample], plan: TapPlan, re
             matrices = compute_taps(backbone, [sample.text for sample, _ in usable], plan)
         except TextError as error:
             refused, _ = usable.pop(error.index)
-            refuse(refused.id, "no text", _at(refused, f"the text {error.reason}"))
+            refuse(refused.id, error.kind, _at(refused, f"the text {error.reason}"))
     if matrices is None:
         return []
     tapped: list[TappedSample] = []
@@ -47,7 +50,11 @@ def tap_samples(backbone: Backbone, samples: Sequence[Sample], plan: TapPlan, re
             refuse(sample.id, "not finite", _at(sample, "the backbone gave values that are not finite; prepare it with other weights"))
             continue
         info = SampleInfo(sample.id, label, sample.split, matrices.tokens[place])
-        tapped.append(TappedSample(info, rows, matrices.maps))
+        token_ids = None
+        if matrices.token_ids is not None and matrices.supervised_from is not None:
+            info = replace(info, supervised_from=matrices.supervised_from[place])
+            token_ids = TokenIds.of([matrices.token_ids[place]], backbone.manifest.vocabulary)
+        tapped.append(TappedSample(info, rows, matrices.maps, matrices.depth, token_ids))
     return tapped
 
 

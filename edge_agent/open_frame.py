@@ -11,6 +11,7 @@ from edge_agent.taps import TapMatrices, to_wire_taps
 from side_tuning.wire.codecs import encoded_bytes
 from side_tuning.wire.frame import MIN_PART_BYTES, Frame, SampleInfo, encode_frame, split_frame
 from side_tuning.wire.messages import TapPlan
+from side_tuning.wire.token_ids import TokenIds
 
 SAMPLE_HEADER_BYTES = 80  # id, label, split and token count in the header
 FRAME_HEADER_BYTES = 512
@@ -24,11 +25,12 @@ class TappedSample:
     info: SampleInfo
     rows: dict[int, np.ndarray[Any, Any]]  # by layer
     maps: dict[int, str | None]
+    depth: int  # layers of the backbone
+    token_ids: TokenIds | None = None  # `causal-lm`: of the rows, and the one after the last
 
     def encoded_bytes(self, plan: TapPlan) -> int:
-        return SAMPLE_HEADER_BYTES + sum(
-            encoded_bytes(rows.shape[0], rows.shape[1], plan.codec, plan.group) for rows in self.rows.values()
-        )
+        taps = sum(encoded_bytes(rows.shape[0], rows.shape[1], plan.codec_at(layer, self.depth), plan.group) for layer, rows in self.rows.items())
+        return SAMPLE_HEADER_BYTES + taps + (len(self.token_ids.data) if self.token_ids else 0)
 
 
 @dataclass
@@ -61,6 +63,7 @@ class OpenFrame:
         """The frame's payload, or its parts. `identity` is device, spool and sequence."""
         device, spool, sequence = identity
         first = self.samples[0]
+        ids = [s.token_ids for s in self.samples if s.token_ids is not None]
         values = {layer: np.concatenate([s.rows[layer] for s in self.samples]) for layer in first.rows}
         frame = Frame(
             device=device,
@@ -73,6 +76,7 @@ class OpenFrame:
             pooling=self.plan.pooling,
             produced=produced,
             samples=tuple(s.info for s in self.samples),
-            taps=to_wire_taps(TapMatrices(values, [s.info.tokens for s in self.samples], first.maps), self.plan),
+            taps=to_wire_taps(TapMatrices(values, [s.info.tokens for s in self.samples], first.maps, first.depth), self.plan),
+            token_ids=TokenIds(ids[0].bytes_each, b"".join(part.data for part in ids)) if ids else None,
         )
         return split_frame(encode_frame(frame), max(frame_bytes, MIN_PART_BYTES))

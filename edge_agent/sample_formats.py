@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Literal
 
 from edge_agent.sample_rows import AnySourceSettings, Refusal, RowError, RowReader, Sample, Skipped
+from edge_agent.settings import Column
 
 MAX_ROW_BYTES = 1024 * 1024
 MAX_ROW_LINES = 100  # a CSV row may span lines inside quotes; a forgotten quote must not swallow the file
@@ -152,8 +153,9 @@ def _csv_items(lines: Iterator[Line | NothingYet], path: Path, settings: AnySour
             record = []
         elif header is None:
             header = [cell.strip() for cell in cells]
-            if not {settings.columns.get("text", "text"), settings.columns.get("text_a", "text_a")} & set(header):
-                why = f"the first row {header!r:.120} names no column 'text' (or 'text_a' and 'text_b'); add a header line, or name the column in the source's columns"
+            columns: tuple[Column, ...] = ("text", "text_a", "prompt")
+            if not {settings.columns.get(column, column) for column in columns} & set(header):
+                why = f"the first row {header!r:.120} names no column 'text' (or 'text_a' and 'text_b', or 'prompt' and 'response'); add a header line, or name the column in the source's columns"
                 yield rows.refusal(record[0][1], "no header", f"{path}:{number}: {why}")
                 return
             record = []

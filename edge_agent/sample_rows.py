@@ -17,6 +17,7 @@ from edge_agent.settings import Column, FileSourceSettings, FolderSourceSettings
 
 AnySourceSettings = FileSourceSettings | FolderSourceSettings | MqttSourceSettings
 Skipped = Literal["skipped"]
+OTHER_NAMES: dict[Column, Column] = {"text_a": "prompt", "text_b": "response"}
 
 
 @dataclass(frozen=True)
@@ -121,11 +122,18 @@ def parse_fields(
 ) -> tuple[str | tuple[str, str], str | int | None, Split | None, str | None]:
     """Text, label, split and own id of a row; raises `RowError`."""
 
+    def name_of(column: Column) -> str:
+        """What the rows call it: as the settings say, or its own name, or in a row without text its other name."""
+        other = OTHER_NAMES.get(column, column)
+        named = settings.columns.get(column) or settings.columns.get(other)
+        has_other = fields.get(column) is None and fields.get(other) is not None and fields.get("text") is None
+        return named or (other if has_other else column)
+
     def value(column: Column) -> Any:
-        return fields.get(settings.columns.get(column, column))
+        return fields.get(name_of(column))
 
     def column_text(column: Column) -> str:
-        name, found = settings.columns.get(column, column), value(column)
+        name, found = name_of(column), value(column)
         if not isinstance(found, str):
             raise RowError("wrong field", f"{name} is {found!r:.80}, not text; write it in quotation marks")
         if not found.strip():
@@ -138,10 +146,10 @@ def parse_fields(
 
     single, pair = value("text") is not None, value("text_a") is not None or value("text_b") is not None
     if single and pair:
-        raise RowError("wrong field", "it has both text and text_a/text_b; give one text, or the pair")
+        raise RowError("wrong field", "it has both text and text_a/text_b (or prompt/response); give one text, or the pair")
     if not single and not pair:
         names = ", ".join(repr(name) for name in list(fields)[:8])
-        raise RowError("no text", f"it has no field 'text' (nor 'text_a' and 'text_b'), only {names or 'none'}; name the field in the source's columns")
+        raise RowError("no text", f"it has no field 'text' (nor 'text_a' and 'text_b', nor 'prompt' and 'response'), only {names or 'none'}; name the field in the source's columns")
     text = column_text("text") if single else (column_text("text_a"), column_text("text_b"))
     split = value("split")
     if split in ("", None):

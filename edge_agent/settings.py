@@ -29,7 +29,7 @@ else:
 ENVIRONMENT_PREFIX = "MOBILLM_"
 Split = Literal["train", "held-out"]
 SAMPLE_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".jsonl.gz", ".ndjson.gz", ".csv.gz")
-Column = Literal["text", "text_a", "text_b", "label", "id", "split"]
+Column = Literal["text", "text_a", "text_b", "prompt", "response", "label", "id", "split"]
 
 
 class ConfigError(ValueError):
@@ -47,7 +47,7 @@ class _Source(_Section):
     held_out_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
     rate_per_second: float | None = Field(default=None, gt=0.0)
     columns: dict[Column, str] = Field(default_factory=dict)
-    """What the rows call their fields, where that differs: `columns = {text = "sentence", label = "intent"}`."""
+    """What the rows call their fields, where that differs: `columns = {text = "sentence", label = "intent"}`; prompt and response are other names of text_a and text_b."""
     labels: tuple[str, ...] | None = None
     """The names of the whole-number labels in this source, in order."""
     send_labels: bool = True

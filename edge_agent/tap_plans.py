@@ -71,7 +71,8 @@ class TapPlans:
                 if stored != payload.hex():
                     self._spool.set_setting(self._settings_key[topic], payload.hex())
         if self.current != before[0] and self.current is not None:
-            logger.info("tap plan %d is in use", self.current.version)
+            ignored = ": it tunes a language model, so labels in the rows are ignored" if self.current.task == "causal-lm" else ""
+            logger.info("tap plan %d is in use%s", self.current.version, ignored)
         return (self.current, self.error) != before
 
     def _take(self, topic: str, payload: bytes) -> bool:

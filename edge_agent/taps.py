@@ -26,8 +26,11 @@ class TapMatrices:
     """Float taps of one batch, by layer: one row per sample (`pooled`) or per real token (`sequence`)."""
 
     values: dict[int, np.ndarray[Any, Any]]  # (rows, width or rank) float32
-    tokens: list[int]  # real tokens of each sample
+    tokens: list[int]  # real tokens of each sample; of a language model its rows
     maps: dict[int, str | None]  # hash of the map that was applied
+    depth: int  # layers of the backbone; the last one may have a codec of its own
+    token_ids: list[np.ndarray[Any, Any]] | None = None  # `causal-lm`: each sample's, (tokens + 1,) int64
+    supervised_from: list[int] | None = None  # `causal-lm`: the first row of each sample that is trained
 
 
 def check_plan(plan: TapPlan, manifest: BackboneManifest) -> None:
@@ -43,6 +46,8 @@ def compute_taps(backbone: Backbone, texts: Texts, plan: TapPlan) -> TapMatrices
     manifest = backbone.manifest
     check_plan(plan, manifest)
     layers = plan.taps(manifest.layers)
+    if plan.task == "causal-lm":
+        return _language_taps(backbone, texts, plan)
     activations = backbone.hidden_states(texts, layers, plan.max_tokens)
     tokens = activations.mask.sum(dim=1)
     values: dict[int, np.ndarray[Any, Any]] = {}
@@ -53,23 +58,50 @@ def compute_taps(backbone: Backbone, texts: Texts, plan: TapPlan) -> TapMatrices
             values[layer] = np.ascontiguousarray(_pool(states, activations.mask, tokens, plan.pooling).numpy())
             maps[layer] = None
         else:
-            rows = states[activations.mask].numpy()  # (sum of tokens, width)
-            values[layer] = np.ascontiguousarray(rows @ backbone.map_matrix(layer, plan.width_at(layer, manifest.layers, manifest.width)))
+            values[layer] = _mapped(backbone, layer, states[activations.mask], plan)
             maps[layer] = manifest.maps[layer]
-    return TapMatrices(values, [int(n) for n in tokens], maps)
+    return TapMatrices(values, [int(n) for n in tokens], maps, manifest.layers)
+
+
+def _language_taps(backbone: Backbone, texts: Texts, plan: TapPlan) -> TapMatrices:
+    """The kept rows of every text, and the ids that they are trained to predict."""
+    import numpy as np
+    import torch
+
+    layers = plan.taps(backbone.manifest.layers)
+    activations, texts_rows = backbone.language_states(texts, layers, plan)
+    starts = [number * activations.mask.shape[1] for number in range(len(texts_rows))]
+    places = torch.from_numpy(np.concatenate([start + rows.kept for start, rows in zip(starts, texts_rows, strict=True)]))
+    return TapMatrices(
+        {layer: _mapped(backbone, layer, activations.states[layer].flatten(0, 1)[places], plan) for layer in layers},
+        [len(rows.kept) for rows in texts_rows],
+        {layer: backbone.manifest.maps[layer] for layer in layers},
+        backbone.manifest.layers,
+        [rows.ids for rows in texts_rows],
+        [rows.supervised_from for rows in texts_rows],
+    )
+
+
+def _mapped(backbone: Backbone, layer: int, states: Tensor, plan: TapPlan) -> np.ndarray[Any, Any]:
+    """Hidden states (rows, width) through the layer's fixed map: (rows, rank)."""
+    import numpy as np
+
+    manifest = backbone.manifest
+    return np.ascontiguousarray(states.numpy() @ backbone.map_matrix(layer, plan.width_at(layer, manifest.layers, manifest.width)))
 
 
 def to_wire_taps(matrices: TapMatrices, plan: TapPlan) -> tuple[Tap, ...]:
-    """Encode each layer's rows with the plan's codec."""
+    """Encode each layer's rows with the plan's codec for it."""
+    codecs = {layer: plan.codec_at(layer, matrices.depth) for layer in matrices.values}
     return tuple(
         Tap(
             layer=layer,
             rows=values.shape[0],
             width=values.shape[1],
-            codec=plan.codec,
+            codec=codecs[layer],
             group=plan.group,
             map=matrices.maps[layer],
-            data=encode_vectors(values, plan.codec, plan.group),
+            data=encode_vectors(values, codecs[layer], plan.group),
         )
         for layer, values in matrices.values.items()
     )

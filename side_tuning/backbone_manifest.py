@@ -36,12 +36,13 @@ class BackboneError(ValueError):
 
 
 class TextError(ValueError):
-    """One text of a batch that gives no activations; `index` is its place in the batch."""
+    """One text of a batch that gives no activations; `index` is its place in the batch, `kind` a few words for counting."""
 
-    def __init__(self, index: int, reason: str) -> None:
+    def __init__(self, index: int, reason: str, kind: str = "no text") -> None:
         super().__init__(f"text {index} of the batch {reason}")
         self.index = index
         self.reason = reason
+        self.kind = kind
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from tests.edge_agent.artifacts import plan
 def tapped(number: int, rows: int = 1, width: int = 384, layers=(1, 2)) -> TappedSample:
     generator = np.random.default_rng(number)
     info = SampleInfo(f"{number:08x}", number % 3, "train", rows)
-    return TappedSample(info, {layer: generator.standard_normal((rows, width), dtype=np.float32) for layer in layers}, dict.fromkeys(layers))
+    return TappedSample(info, {layer: generator.standard_normal((rows, width), dtype=np.float32) for layer in layers}, dict.fromkeys(layers), max(layers))
 
 
 def build(frame: OpenFrame, frame_bytes: int) -> list[bytes]:
