@@ -249,11 +249,14 @@ def plan_set(  # noqa: PLR0917 - one per option
     pooling: Annotated[str | None, typer.Option(help="mean, first or last.")] = None,
     codec: Annotated[str | None, typer.Option(help="fp16, int8, int4 or int2.")] = None,
     group: Annotated[int | None, typer.Option(min=0, max=128)] = None,
-    rank: Annotated[int | None, typer.Option(min=1, max=256)] = None,
+    rank: Annotated[int | None, typer.Option(min=1, max=4096)] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, max=8192)] = None,
     frame_samples: Annotated[int | None, typer.Option(min=1, max=4096)] = None,
     frame_bytes: Annotated[int | None, typer.Option(min=1024, max=16 * 1024 * 1024)] = None,
     linger_seconds: Annotated[float | None, typer.Option(min=0, max=3600)] = None,
+    last_rank: Annotated[int | None, typer.Option(min=1, max=4096, help="Of the last layer; causal-lm alone, like the next two.")] = None,
+    last_codec: Annotated[str | None, typer.Option(help="fp16, int8, int4 or int2.")] = None,
+    context_every: Annotated[int | None, typer.Option(min=0, max=8192, help="Of a prompt's tokens every k-th is kept; 0 none.")] = None,
 ) -> None:
     """Give out a new version of the tap plan with these values changed."""
     from coordinator.planning import change_plan, describe
@@ -269,6 +272,9 @@ def plan_set(  # noqa: PLR0917 - one per option
         "frame_samples": frame_samples,
         "frame_bytes": frame_bytes,
         "linger_seconds": linger_seconds,
+        "last_rank": last_rank,
+        "last_codec": last_codec,
+        "context_every": context_every,
     }
     with opened_store(config) as (settings, store):
         plan = change_plan(settings, store, device, {name: value for name, value in given.items() if value is not None})

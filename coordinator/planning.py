@@ -35,22 +35,27 @@ def plan_from_settings(settings: CoordinatorSettings, depths: Collection[int]) -
         settings: `task` and `plan`.
         depths: layers of each registered backbone; the shallowest sets the number of blocks (METHOD: alignment).
     """
-    wanted = settings.plan
+    wanted, task = settings.plan, settings.task.kind
+    language = task == "causal-lm"
     if wanted.blocks is None and not depths:
         return None
     return TapPlan(
         version=1,
         labels=settings.task.labels,
         blocks=wanted.blocks or min([wanted.max_blocks, *depths]),
-        mode=wanted.mode,
+        mode=wanted.mode or ("sequence" if language else "pooled"),
         pooling=wanted.pooling,
         codec=wanted.codec,
         group=wanted.group,
-        rank=wanted.rank,
+        rank=wanted.rank or (128 if language else 32),
         max_tokens=wanted.max_tokens,
         frame_samples=wanted.frame_samples,
         frame_bytes=wanted.frame_bytes,
         linger_seconds=wanted.linger_seconds,
+        task=task,
+        last_rank=wanted.last_rank if language else 0,
+        last_codec=wanted.last_codec if language else "int4",
+        context_every=wanted.context_every if language else 1,
     )
 
 
@@ -121,7 +126,13 @@ def next_version(newest: int, now: datetime) -> int:
 def describe(plan: TapPlan) -> str:
     """The plan in a line, for people."""
     shape = f"rank {plan.rank}, at most {plan.max_tokens} tokens" if plan.mode == "sequence" else plan.pooling
-    return f"{plan.blocks} blocks, {plan.mode} ({shape}), {plan.codec} in groups of {plan.group}, {len(plan.labels)} labels"
+    task: str = plan.task
+    if plan.task == "classification":
+        task = f"{len(plan.labels)} labels"
+    if plan.task == "causal-lm":
+        kept = {0: "no token", 1: "every token"}.get(plan.context_every, f"one token in {plan.context_every}")
+        task = f"causal-lm (last layer: rank {plan.last_rank}, {plan.last_codec}; {kept} of a prompt)"
+    return f"{plan.blocks} blocks, {plan.mode} ({shape}), {plan.codec} in groups of {plan.group}, {task}"
 
 
 def _read_wish(path: Path) -> TapPlan | None:

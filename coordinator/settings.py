@@ -25,7 +25,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from coordinator.training.settings import TrainingSettings
 from side_tuning.broker_settings import BrokerSettings
 from side_tuning.json_logs import json_handler
-from side_tuning.wire.messages import MAX_BLOCKS, MAX_LABELS, CodecName, Mode, Pooling
+from side_tuning.wire.messages import MAX_BLOCKS, MAX_LABELS, MAX_RANK, CodecName, Mode, Pooling, Task
 
 ENVIRONMENT_PREFIX = "COORDINATOR_"
 EXIT_CONFIG = 78  # EX_CONFIG: a restart cannot help, so neither systemd nor the supervisor restarts on it
@@ -52,9 +52,21 @@ class _Section(BaseModel):
 
 
 class TaskSettings(_Section):
-    """What the side network learns: a class per label, in this order for ever (a label travels as its index)."""
+    """What the side network learns (docs/tasks.md): classes, a number, or to go on with a text."""
 
-    labels: Annotated[tuple[str, ...], AfterValidator(_check_labels)] = Field(min_length=2, max_length=MAX_LABELS)
+    kind: Task = "classification"
+    # `classification`: a class per label, in this order for ever, as a label travels as its index.
+    labels: Annotated[tuple[str, ...], AfterValidator(_check_labels)] = Field(default=(), max_length=MAX_LABELS, validate_default=True)
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_of_the_kind(cls, labels: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        kind = info.data.get("kind")
+        if kind == "classification" and len(labels) < 2:
+            raise ValueError('classification takes two labels or more: name every class, or set task.kind to "regression" or "causal-lm"')
+        if kind in ("regression", "causal-lm") and labels:
+            raise ValueError(f'{kind} has no labels: take task.labels out, or set task.kind to "classification"')
+        return labels
 
 
 class PlanSettings(_Section):
@@ -62,15 +74,20 @@ class PlanSettings(_Section):
 
     blocks: int | None = Field(default=None, ge=1, le=MAX_BLOCKS)  # none: as deep as the shallowest registered backbone
     max_blocks: int = Field(default=2, ge=1, le=MAX_BLOCKS)  # the cap when `blocks` is chosen for you; bytes grow with it, accuracy hardly (docs/lab-notes.md)
-    mode: Mode = "pooled"
+    mode: Mode | None = None  # none: pooled; `causal-lm`: sequence
     pooling: Pooling = "mean"
     codec: CodecName = "int4"
     group: int = Field(default=128, ge=0, le=128)
-    rank: int = Field(default=32, ge=1, le=256)
+    rank: int | None = Field(default=None, ge=1, le=MAX_RANK)  # columns of the fixed map in `sequence` mode; none: 32; `causal-lm`: 128
     max_tokens: int = Field(default=128, ge=1, le=8192)
     frame_samples: int = Field(default=64, ge=1, le=4096)
     frame_bytes: int = Field(default=131_072, ge=1024, le=16 * _MIB)
     linger_seconds: float = Field(default=2.0, ge=0, le=3600)
+    # `causal-lm` alone: of the last layer, which the frozen head reads; and of a prompt's tokens every k-th is kept, 0 none.
+    # Of 768 values a token, 128 in int4 take 66 bytes and 176 take 92.
+    last_rank: int = Field(default=176, ge=1, le=MAX_RANK)
+    last_codec: CodecName = "int4"
+    context_every: int = Field(default=1, ge=0, le=8192)
 
 
 class GatewaySettings(_Section):
@@ -157,6 +174,13 @@ class CoordinatorSettings(BaseSettings):
     @classmethod
     def _expand_home(cls, value: Path) -> Path:
         return value.expanduser()
+
+    @field_validator("plan")
+    @classmethod
+    def _mode_of_the_task(cls, plan: PlanSettings, info: ValidationInfo) -> PlanSettings:
+        if plan.mode == "pooled" and "task" in info.data and info.data["task"].kind == "causal-lm":
+            raise ValueError("causal-lm learns from every token: take plan.mode out, or set it to sequence")
+        return plan
 
     @field_validator("database_url")
     @classmethod

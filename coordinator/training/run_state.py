@@ -35,7 +35,7 @@ class RunIdentity:
 
 def what_is_learned(plan: TapPlan, settings: TrainingSettings) -> dict[str, Any]:
     """What must stay the same for weights and cached activations to stay of use."""
-    return {
+    learned: dict[str, Any] = {
         "labels": list(plan.labels),
         "blocks": plan.blocks,
         "mode": plan.mode,
@@ -43,6 +43,9 @@ def what_is_learned(plan: TapPlan, settings: TrainingSettings) -> dict[str, Any]
         "rank": plan.rank if plan.mode == "sequence" else 0,
         **{name: getattr(settings, name) for name in _FIXED},
     }
+    if plan.task != "classification":  # of those nothing more is noted, so that runs from before there were other tasks go on
+        learned |= {"task": plan.task, "last_rank": plan.last_rank if plan.task == "causal-lm" else 0}
+    return learned
 
 
 def begin_or_continue(store: Store, data_directory: Path, plan: TapPlan, settings: TrainingSettings, at: datetime) -> RunIdentity:
@@ -74,7 +77,9 @@ def _read(path: Path) -> RunIdentity | None:
 
 
 def _why_not(store: Store, last: RunIdentity, made_for: Mapping[str, Any]) -> str | None:
-    for name in made_for:
+    for name in dict.fromkeys([*last.made_for, *made_for]):
+        if name not in made_for:
+            return f"{name} was {_short(last.made_for[name])}"
         if last.made_for.get(name) != made_for[name]:
             return f"{name} changed from {_short(last.made_for.get(name))} to {_short(made_for[name])}"
     try:

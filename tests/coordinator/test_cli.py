@@ -58,6 +58,9 @@ def test_check_config_shows_effective_settings_with_secrets_masked(config):
         ('data_directory = "x"', "broker: is missing"),
         ('data_directory = "x"\nspeed = 3\n[broker]\nhost = "h"\n[task]\nlabels = ["a", "b"]', "speed: is unknown"),
         ('data_directory = "x"\n[broker]\nhost = "h"\n[task]\nlabels = ["a", "a"]', "listed twice"),
+        ('data_directory = "x"\n[broker]\nhost = "h"\n[task]\n', "task.labels: Value error, classification takes two labels or more"),
+        ('data_directory = "x"\n[broker]\nhost = "h"\n[task]\nkind = "regression"\nlabels = ["a", "b"]', "take task.labels out"),
+        ('data_directory = "x"\n[broker]\nhost = "h"\n[task]\nkind = "causal-lm"\n[plan]\nmode = "pooled"', "take plan.mode out"),
         ('data_directory = "x"\n[broker]\nhost = "h"\nport = 99999\n[task]\nlabels = ["a", "b"]', "broker.port"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 
 from coordinator.backbone_offers import BackboneOffers, BackboneShelf
 from coordinator.outbox import Outbox, ensure_signing_key
-from coordinator.planning import change_plan, follow_settings, next_version
+from coordinator.planning import change_plan, describe, follow_settings, next_version, plan_from_settings
 from coordinator.settings import PlanSettings, TaskSettings
 from coordinator.store.registry import newest_plan, plans, register_backbone
 from coordinator.store.training import (
@@ -21,6 +21,7 @@ from coordinator.store.training import (
 from side_tuning.broker_connection import BrokerConnection
 from side_tuning.signatures import load_public_key, verify_manifest
 from side_tuning.wire import topics
+from side_tuning.wire.codecs import encoded_bytes
 from side_tuning.wire.messages import SignedManifest, TapPlan
 from tests.brokers import mosquitto, needs_mosquitto
 from tests.coordinator.fleet import LABELS, MANIFEST, PLAN, make_store, now, settings_for
@@ -211,6 +212,30 @@ def test_the_plan_follows_the_settings_and_the_shallowest_backbone(tmp_path):
         versions = [row.version for row in plans(session)]
     assert versions == sorted(set(versions))
     store.close()
+
+
+def test_the_plan_carries_the_task_and_what_a_language_model_needs(tmp_path):
+    """Mode, ranks and codecs of the task's own kind by themselves, or as asked; nothing of a language model in other plans."""
+
+    def plan(task: dict[str, object], **wanted: object) -> TapPlan:
+        made = plan_from_settings(settings_for(tmp_path, task=task, plan={"blocks": 2, **wanted}), [])
+        assert made is not None
+        assert TapPlan.from_bytes(made.to_bytes()) == made, "one that the devices take"
+        return made
+
+    language = plan({"kind": "causal-lm"})
+    assert (language.task, language.labels, language.mode) == ("causal-lm", (), "sequence")
+    assert encoded_bytes(1, language.width_at(2, 4, 768), language.codec_at(2, 4), language.group) <= 96
+    assert encoded_bytes(1, language.width_at(4, 4, 768), language.codec_at(4, 4), language.group) <= 96
+    asked = plan({"kind": "causal-lm"}, rank=16, last_rank=64, last_codec="int8", context_every=4)
+    assert (asked.rank, asked.last_rank, asked.last_codec, asked.context_every) == (16, 64, "int8", 4)
+    assert "last layer: rank 64, int8; one token in 4 of a prompt" in describe(asked)
+
+    number = plan({"kind": "regression"}, last_rank=64, context_every=4)
+    assert (number.task, number.labels, number.mode, number.last_rank) == ("regression", (), "pooled", 0)
+    assert number == plan({"kind": "regression"}), "what only language models have makes no new version"
+    assert describe(number).endswith("regression")
+    assert plan({"labels": ["a", "b"]}).task == "classification"
 
 
 def test_plan_versions_come_from_the_clock_and_only_grow():

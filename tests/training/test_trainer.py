@@ -7,6 +7,7 @@ import logging
 import shutil
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +29,13 @@ from coordinator.training.checkpoints import (
     saved_steps,
 )
 from coordinator.training.evaluation import evaluate
-from coordinator.training.run_state import begin_or_continue
+from coordinator.training.run_state import begin_or_continue, what_is_learned
 from coordinator.training.take_in import take_in
 from coordinator.training.trainer import Training, may_step, open_training, progress_of, take_step, take_up
 from side_tuning.network.anchor_map import AnchorMap
 from side_tuning.network.files import load_alignment, load_ladder, save_alignment
 from side_tuning.network.side_network import predict_logits
+from side_tuning.wire.messages import TapPlan
 from tests.training import small_fleet
 from tests.training.small_fleet import DEEP, SHALLOW, arrive, frame, mixed_fleet, plan, prepare, settings
 from tests.waiting import wait_until
@@ -104,6 +106,19 @@ def test_two_hundred_steps_equal_one_hundred_a_crash_and_one_hundred(store: Stor
     assert resumed.run == straight.run
     assert set(resumed.learner.alignments) == {SHALLOW, DEEP}
     assert same_bits(straight, resumed)
+
+
+def test_another_task_begins_a_new_run_and_one_from_before_there_were_others_goes_on(store: Store, tmp_path: Path) -> None:
+    chosen = settings(tmp_path)
+
+    def run(tap_plan: TapPlan) -> str:
+        return begin_or_continue(store, chosen.data_directory, tap_plan, chosen.training, small_fleet.AT).name
+
+    number, language = plan(labels=(), task="regression"), plan(labels=(), task="causal-lm", mode="sequence", last_rank=16)
+    assert "task" not in what_is_learned(plan(), chosen.training), "as runs of earlier releases are noted"
+    runs = [run(plan()), run(number), run(language), run(replace(language, last_rank=8)), run(plan())]
+    assert len(set(runs)) == len(runs)
+    assert run(plan(codec="int4")) == runs[-1]
 
 
 @pytest.mark.parametrize("anchored", [{SHALLOW, DEEP}, {SHALLOW}, {DEEP}], ids=["both", "not the late one", "only the late one"])
