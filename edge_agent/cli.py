@@ -184,6 +184,7 @@ def flash(  # noqa: PLR0917 - typer calls it by name
     agent_config: Annotated[Path | None, typer.Option(help="agent.toml for the board; set bundle_file to /var/lib/mobillm-fleet/device.bundle in it.")] = None,
     backbone: Annotated[Path | None, typer.Option(help="A prepared folder; goes on the card where it fits, else the device fetches it.")] = None,
     largest_gb: Annotated[float, typer.Option(min=1, help="Refuse larger disks: a card is rarely that large, somebody's data is.")] = 256,
+    unmount: Annotated[bool, typer.Option("--unmount", help="Let go of what the desktop mounted from the card when it was plugged in.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before overwriting a disk, or a file with something in it.")] = False,
 ) -> None:
     """Write an image to a card, put the device's identity on it, and read everything back."""
@@ -200,7 +201,7 @@ def flash(  # noqa: PLR0917 - typer calls it by name
             raise typer.BadParameter("give --image, --target, and --bundle or --fleet (or --list alone)")
         options = command.FlashOptions(
             image, target, bundle or Path(), sha256, size, hostname, user, password_hash_file, tuple(ssh_key or ()), wifi, wifi_secret_file,
-            country, timezone, agent_config, backbone, int(largest_gb * 10**9), yes,
+            country, timezone, agent_config, backbone, int(largest_gb * 10**9), yes, unmount,
         )
         if fleet is None:
             command.flash(options, Console())
@@ -226,16 +227,19 @@ def install(  # noqa: PLR0917 - typer calls it by name
     from edge_agent import install as installing
     from side_tuning.bundle import BundleError
 
+    notes = list[str]()
     try:
         if remove:
             changes = installing.uninstall(root, purge=purge)
         else:
             here = installing.this_program() if root == Path("/") else installing.DEFAULT_PROGRAM
-            changes = installing.install(installing.Plan(root, program or here, config, bundle))
+            plan = installing.Plan(root, program or here, config, bundle)
+            changes = installing.install(plan)
+            notes = installing.still_to_do(plan)
     except (installing.InstallError, BundleError, OSError) as error:
         typer.echo(f"edge-agent: {error}", err=True)
         raise typer.Exit(exit_codes.CRASH) from error
-    for line in changes or ["nothing to do"]:
+    for line in [*(changes or ["nothing to do"]), *(f"still to do: {note}" for note in notes)]:
         typer.echo(line)
 
 

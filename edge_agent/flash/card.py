@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_agent.flash.block_map import BlockMap, MappedChunks
+from edge_agent.flash.disks import is_disk, open_reader, open_volume, this_system
 from edge_agent.flash.errors import FlashError
 from edge_agent.flash.fat import FatPartition
 from edge_agent.flash.images import ImageStream, open_image
 from edge_agent.flash.overlay import Overlay
 from edge_agent.flash.partitions import boot_partition
 from edge_agent.flash.rehearsal import Customise, rehearse
-from edge_agent.flash.volume import FileVolume, UncachedReader
+from edge_agent.flash.volume import Volume
 
 FIRST_BLOCK_BYTES = 4096
 UNBOOTABLE = "The card has no partition table now and does not boot; write it again."
@@ -77,19 +78,20 @@ def write_card(
         FlashError: the text says what went wrong and where, and whether the card still boots.
 
     """
-    if image.exists() and target.exists() and target.samefile(image):
+    disk = is_disk(target)
+    if not disk and image.exists() and target.exists() and target.samefile(image):
         raise FlashError(f"{target} is the image itself; give another --target")
     if customise:
         rehearse(image, customise)
-    if not target.exists():
+    if not disk and not target.exists():
         target.touch()
     try:
-        volume = FileVolume(target)
+        volume = open_volume(target)
     except OSError as error:
         raise FlashError(_open_words(target, error)) from error
     with volume, open_image(image) as stream:
         total = block_map.image_size if block_map else expected_size
-        room = volume.size if target.is_block_device() else None
+        room = volume.size if disk else None
         if room is not None and total is not None and total > room:
             raise FlashError(f"{target} has {room:,} bytes, the image needs {total:,}; take a larger card")
         try:
@@ -123,20 +125,20 @@ def write_card(
 def read_file(target: Path, path: str) -> bytes | None:
     """A file of the boot partition of what is in `target` now; None where there is no such file, or no such partition."""
     try:
-        with UncachedReader(target) as reader:
+        with open_reader(target) as reader:
             card = Overlay(reader.read_at, b"")
             return FatPartition(card, boot_partition(card).start).read(path)
     except (OSError, FlashError):
         return None
 
 
-def _blank(volume: FileVolume) -> None:
+def _blank(volume: Volume) -> None:
     volume.write_at(0, bytes(FIRST_BLOCK_BYTES))
     volume.sync()
 
 
 def _write_but_first(
-    stream: ImageStream, volume: FileVolume, *, room: int | None, block_map: BlockMap | None, total: int | None, progress: Progress
+    stream: ImageStream, volume: Volume, *, room: int | None, block_map: BlockMap | None, total: int | None, progress: Progress
 ) -> tuple[bytes, list[_Piece]]:
     """Everything but the first block, which is returned with what was written."""
     first, pieces = b"", list[_Piece]()
@@ -162,7 +164,7 @@ def _positions(stream: ImageStream) -> Iterator[tuple[int, bytes]]:
         position += len(chunk)
 
 
-def _write_piece(volume: FileVolume, start: int, content: bytes) -> _Piece:
+def _write_piece(volume: Volume, start: int, content: bytes) -> _Piece:
     volume.write_at(start, content)
     return _Piece(start, len(content), _digest(content))
 
@@ -181,7 +183,7 @@ def _verify(target: Path, pieces: list[_Piece], progress: Progress) -> bool:
     """Read everything back and compare; whether the reading went past the cache."""
     total = sum(piece.length for piece in pieces)
     done = 0
-    with UncachedReader(target) as reader:
+    with open_reader(target) as reader:
         for piece in pieces:
             content = reader.read_at(piece.start, piece.length)
             if _digest(content) != piece.digest:
@@ -194,14 +196,14 @@ def _verify(target: Path, pieces: list[_Piece], progress: Progress) -> bool:
         return reader.direct
 
 
-def _put_files(volume: FileVolume, target: Path, first: bytes, customise: Customise) -> tuple[str, ...]:
+def _put_files(volume: Volume, target: Path, first: bytes, customise: Customise) -> tuple[str, ...]:
     held = Overlay(volume.read_at, first)
     start = boot_partition(held).start
     written = customise(FatPartition(held, start))
     pieces = [_write_piece(volume, offset, content) for offset, content in held.stretches()]
     volume.sync()
     _verify(target, pieces, lambda *_: None)
-    with UncachedReader(target) as reader:
+    with open_reader(target) as reader:
         again = FatPartition(Overlay(reader.read_at, first), start)
         for path, content in written.items():
             if again.read(path) != content:
@@ -217,7 +219,7 @@ def _open_words(target: Path, error: OSError) -> str:
     if error.errno == errno.EBUSY:
         return f"{target} is in use (mounted, or another program writes to it); unmount it and close other flashing programs"
     if error.errno in (errno.EACCES, errno.EPERM):
-        return f"{target} cannot be opened for writing: {error.strerror}; run with sudo, or join the group 'disk'"
+        return f"{target} cannot be opened for writing: {error.strerror}; {this_system().RIGHTS}"
     if error.errno == errno.EROFS:
         return f"{target} is read-only; is the card's lock slid down?"
     if error.errno in (errno.ENOMEDIUM if hasattr(errno, "ENOMEDIUM") else -1, errno.ENXIO, errno.ENODEV):

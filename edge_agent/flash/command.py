@@ -27,8 +27,7 @@ from typing_extensions import ParamSpec, Self
 
 from edge_agent.flash.block_map import block_map_beside, read_block_map
 from edge_agent.flash.card import Written, write_card
-from edge_agent.flash.disks import Disk, check_target, list_disks, refusals
-from edge_agent.flash.eject import eject
+from edge_agent.flash.disks import Disk, check_target, list_disks, refusals, this_system
 from edge_agent.flash.errors import FlashError
 from edge_agent.flash.first_boot import BACKBONE, CardPlan, Wifi, put_files
 from edge_agent.flash.values import wrong_values
@@ -60,6 +59,7 @@ class FlashOptions:
     backbone: Path | None = None
     largest_bytes: int = 256 * 10**9
     yes: bool = False
+    unmount: bool = False
 
 
 def plan_card(options: FlashOptions, ask: Callable[[str], str], load_backbone: Callable[[Path], dict[str, bytes]] | None = None) -> CardPlan:
@@ -132,9 +132,12 @@ def flash(options: FlashOptions, console: Console, ask: Callable[[str], str] | N
     """
     plan = plan_card(options, ask or ask_secret)
     map_path = block_map_beside(options.image)
-    disk = check_target(options.target, needed_bytes(options), largest_bytes=options.largest_bytes)
+    needed = needed_bytes(options)
+    disk = check_target(options.target, needed, largest_bytes=options.largest_bytes, unmount=options.unmount)
     if not options.yes:
         confirm(disk, options.target, console)
+    if disk is not None and disk.mounts:
+        this_system().unmount(disk)
     with _Bars(console) as bars:
         written = write_card(
             options.image,
@@ -155,7 +158,7 @@ def flash(options: FlashOptions, console: Console, ask: Callable[[str], str] | N
     if not written.read_past_cache:
         console.print("The target's file system has no uncached reading, so the reading back proves less than on a card.")
     if disk is not None:
-        console.print(eject(options.target.resolve()))
+        console.print(this_system().eject(disk.path))
     console.print(f"sha256 of the image: {written.image_sha256}")
     return written
 

@@ -1,26 +1,32 @@
 """Which disks there are, and which of them may be overwritten. When in doubt, not.
 
-Linux: `lsblk` says all of it. A USB drive with somebody's data looks as removable as a card, so there is a size above which
-a disk is refused too, and the person at the keyboard types the path a second time.
+What differs between systems is in `disks_linux`, `disks_macos` and `disks_windows`, behind `DeviceLayer`. A USB drive with
+somebody's data looks as removable as a card, so there is a size above which a disk is refused too, and the person at the
+keyboard types the path a second time.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
+import platform
 import stat
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from edge_agent.flash.errors import FlashError
+from edge_agent.flash.volume import FileVolume, Reader, UncachedReader, Volume
 
-LSBLK = ["lsblk", "--json", "--bytes", "--output", "NAME,PATH,PKNAME,TYPE,SIZE,RM,HOTPLUG,RO,TRAN,MODEL,MOUNTPOINTS,FSTYPE"]
 DEFAULT_LARGEST_BYTES = 256 * 10**9
-_CARD_TRANSPORTS = ("usb", "mmc")
+
+
+@dataclass(frozen=True)
+class Mount:
+    """A part of a disk that a desktop mounted when it was plugged in; it can be let go."""
+
+    part: str
+    place: str
 
 
 @dataclass(frozen=True)
@@ -33,34 +39,107 @@ class Disk:
     transport: str
     removable: bool
     read_only: bool
-    kind: str
+    kind: str  # "disk", or what it is instead
     used_for: tuple[str, ...]
+    mounts: tuple[Mount, ...] = ()
 
     def describe(self) -> str:
         return f"{self.path}  {self.size / 1e9:.1f} GB  {self.model or 'no model name'}  {self.transport or 'unknown bus'}"
 
 
-def list_disks(listing: str | None = None) -> list[Disk]:
-    """Every whole disk, from `lsblk` or from a recorded `listing` of it.
+class DeviceLayer(Protocol):
+    """What each operating system does in its own way."""
+
+    @property
+    def RIGHTS(self) -> str:  # noqa: N802 - a constant of a module
+        """What to do for the right to write to a disk."""
+
+    def list_disks(self) -> list[Disk]:
+        """Every whole disk; FlashError where nobody can tell."""
+
+    def disk_name(self, target: Path) -> str | None:
+        """The path of the disk (whole or not) that `target` is, as `list_disks` has it; None for anything else."""
+
+    def open_volume(self, disk: str) -> Volume:
+        """For writing, by nobody else; OSError where it cannot be had."""
+
+    def open_reader(self, disk: str) -> Reader:
+        """For reading past the cache."""
+
+    def unmount(self, disk: Disk) -> None:
+        """Let go of `disk.mounts`; FlashError where something still uses one."""
+
+    def eject(self, disk: str) -> str:
+        """Let go of a finished card, everything on it being flushed; a sentence for the person. Never powers the reader off."""
+
+
+def this_system() -> DeviceLayer:
+    """The layer of the system that this runs on.
 
     Raises:
-        FlashError: lsblk is missing or fails.
+        FlashError: there is none.
 
     """
-    if listing is None:
-        if shutil.which("lsblk") is None:
-            raise FlashError("lsblk is not installed (package util-linux), so nobody can tell which disks are safe; nothing is written")
-        result = subprocess.run(LSBLK, capture_output=True, text=True, check=False)
-        if result.returncode:
-            raise FlashError(f"lsblk failed: {result.stderr.strip()}; nothing is written")
-        listing = result.stdout
-    found = json.loads(listing)["blockdevices"]
-    return [_disk(row) for row in found if row.get("type") not in ("rom", "part")]
+    system = platform.system()
+    if system == "Darwin":
+        from edge_agent.flash import disks_macos
+
+        return disks_macos
+    if system == "Windows":
+        from edge_agent.flash import disks_windows
+
+        return disks_windows
+    if system == "Linux":
+        from edge_agent.flash import disks_linux
+
+        return disks_linux
+    raise FlashError(f"disks cannot be told apart on {system}; write to a file, and that to the card with another program")
 
 
-def refusals(disk: Disk, image_bytes: int, largest_bytes: int = DEFAULT_LARGEST_BYTES) -> list[str]:
-    """Why this disk must not be written; empty if it may."""
+def list_disks() -> list[Disk]:
+    """Every whole disk of this machine.
+
+    Raises:
+        FlashError: nobody can tell.
+
+    """
+    return this_system().list_disks()
+
+
+def is_disk(target: Path) -> bool:
+    """Whether this is a disk of this machine, not a file."""
+    return this_system().disk_name(target) is not None
+
+
+def open_volume(target: Path) -> Volume:
+    """A disk or a file, for writing.
+
+    Raises:
+        OSError: it cannot be had.
+
+    """
+    layer = this_system()
+    disk = layer.disk_name(target)
+    return FileVolume(target) if disk is None else layer.open_volume(disk)
+
+
+def open_reader(target: Path) -> Reader:
+    """A disk or a file, for reading past the cache.
+
+    Raises:
+        OSError: it cannot be had.
+
+    """
+    layer = this_system()
+    disk = layer.disk_name(target)
+    return UncachedReader(target) if disk is None else layer.open_reader(disk)
+
+
+def refusals(disk: Disk, image_bytes: int, largest_bytes: int = DEFAULT_LARGEST_BYTES, *, unmount: bool = False) -> list[str]:
+    """Why this disk must not be written; empty if it may. With `unmount`, what can be let go is no reason."""
     reasons = [f"it is in use: {use}" for use in disk.used_for]
+    if not unmount:
+        reasons += [f"it is in use: {mount.part} is mounted on {mount.place} (--unmount lets go of it)" for mount in disk.mounts]
     if disk.kind != "disk":
         reasons.append(f"it is no whole disk but of type {disk.kind}")
     if disk.read_only:
@@ -76,51 +155,42 @@ def refusals(disk: Disk, image_bytes: int, largest_bytes: int = DEFAULT_LARGEST_
     return reasons
 
 
-def check_target(target: Path, image_bytes: int, *, largest_bytes: int = DEFAULT_LARGEST_BYTES, disks: Sequence[Disk] | None = None) -> Disk | None:
+def check_target(
+    target: Path,
+    image_bytes: int,
+    *,
+    largest_bytes: int = DEFAULT_LARGEST_BYTES,
+    unmount: bool = False,
+    disks: Sequence[Disk] | None = None,
+    layer: DeviceLayer | None = None,
+) -> Disk | None:
     """Let `target` through or say why not. None for a plain file, which is made or overwritten.
 
     Raises:
         FlashError: a disk that must not be written, or neither a disk nor a file.
 
     """
-    if not target.exists():
-        if target.parent.is_dir() and not str(target).startswith("/dev/"):
-            return None
-        raise FlashError(f"{target} does not exist; `edge-agent flash --list` shows the cards")
-    real = target.resolve()
-    mode = real.stat().st_mode
-    if stat.S_ISREG(mode):
-        if not os.access(real, os.W_OK):
-            raise FlashError(f"{target} is read-only; choose another file or change its permissions")
+    layer = layer or this_system()
+    name = layer.disk_name(target)
+    if name is None:
+        _check_file(target)
         return None
-    if not stat.S_ISBLK(mode):
-        raise FlashError(f"{target} is neither a disk nor a file; `edge-agent flash --list` shows the cards")
-    known = list_disks() if disks is None else disks
-    disk = next((one for one in known if one.path == str(real)), None)
+    known = layer.list_disks() if disks is None else disks
+    disk = next((one for one in known if one.path == name), None)
     if disk is None:
-        raise FlashError(f"{target} is no whole disk (perhaps a partition); `edge-agent flash --list` shows the cards")
-    if reasons := refusals(disk, image_bytes, largest_bytes):
+        raise FlashError(f"{target} is no whole disk (perhaps a partition, or taken out); `edge-agent flash --list` shows the cards")
+    if reasons := refusals(disk, image_bytes, largest_bytes, unmount=unmount):
         raise FlashError(f"{disk.describe()} is not written: " + "; ".join(reasons))
     return disk
 
 
-def _disk(row: dict[str, Any]) -> Disk:
-    return Disk(
-        path=str(row["path"]),
-        size=int(row.get("size") or 0),
-        model=str(row.get("model") or "").strip(),
-        transport=str(row.get("tran") or ""),
-        removable=bool(row.get("rm")) or bool(row.get("hotplug")) or row.get("tran") in _CARD_TRANSPORTS,
-        read_only=bool(row.get("ro")),
-        kind=str(row.get("type") or ""),
-        used_for=tuple(_uses(row)),
-    )
-
-
-def _uses(row: dict[str, Any]) -> list[str]:
-    uses = [f"{row['path']} is mounted on {place}" if place != "[SWAP]" else f"{row['path']} is swap space" for place in row.get("mountpoints") or [] if place]
-    for child in row.get("children") or []:
-        if child.get("type") not in ("part", "disk"):
-            uses.append(f"{child['path']} ({child.get('type')}) is built on it")
-        uses.extend(_uses(child))
-    return uses
+def _check_file(target: Path) -> None:
+    if not target.exists():
+        if target.parent.is_dir() and not str(target).startswith("/dev/"):
+            return
+        raise FlashError(f"{target} does not exist; `edge-agent flash --list` shows the cards")
+    real = target.resolve()
+    if not stat.S_ISREG(real.stat().st_mode):
+        raise FlashError(f"{target} is neither a disk nor a file; `edge-agent flash --list` shows the cards")
+    if not os.access(real, os.W_OK):
+        raise FlashError(f"{target} is read-only; choose another file or change its permissions")

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from edge_agent.flash.card import read_file
 from edge_agent.flash.command import FlashOptions, ask_secret, confirm, flash
-from edge_agent.flash.disks import list_disks
+from edge_agent.flash.disks import is_disk, list_disks, this_system
 from edge_agent.flash.errors import FlashError
 from edge_agent.flash.first_boot import MANIFEST as MANIFEST_ON_CARD
 from edge_agent.flash.fleet_file import FleetRow, check_fleet
@@ -77,7 +77,7 @@ def _make(
             wait_for_card(row.device, target, console)
         ledger.note("begun", row.device, claim=row.claim, target=str(target))
         try:
-            written = flash(replace(row.options, yes=True) if target.is_file() else row.options, console, ask)  # files were asked about
+            written = flash(row.options if is_disk(target) else replace(row.options, yes=True), console, ask)  # files were asked about
         except FlashError as error:
             ledger.note("failed", row.device, claim=row.claim, target=str(target), reason=str(error))
             raise FlashError(f"{row.device}: {error}\n{number} cards were made; run the same command again to go on with this one") from error
@@ -92,7 +92,7 @@ def _confirm_files(rows: Sequence[FleetRow], common: FlashOptions, ledger: Ledge
     wrong = list[str]()
     first_on = {row.options.target: row for row in reversed(rows)}
     for row in first_on.values() if not common.yes else ():
-        if not row.options.target.is_file() or ledger.left_unfinished(row.device, row.options.target):
+        if is_disk(row.options.target) or ledger.left_unfinished(row.device, row.options.target):
             continue
         try:
             confirm(None, row.options.target, console)
@@ -104,7 +104,7 @@ def _confirm_files(rows: Sequence[FleetRow], common: FlashOptions, ledger: Ledge
 
 def _claim_on(target: Path) -> str | None:
     """Whose card is in there: the claim in the manifest that a finished card carries."""
-    if not target.exists() or (content := read_file(target, MANIFEST_ON_CARD)) is None:
+    if (content := read_file(target, MANIFEST_ON_CARD)) is None:
         return None
     try:
         found = json.loads(content)
@@ -141,7 +141,7 @@ def ask_for_card(device: str, target: Path, console: Console) -> None:
             console.input(f"Take the card out, put in the one for [bold]{device}[/], then press Enter ")
         except EOFError as error:
             raise FlashError("nobody is there to change cards; use a target with {device} in it, or run this in a terminal") from error
-        if any(disk.path == str(target.resolve()) and disk.size for disk in list_disks()):
+        if any(disk.path == this_system().disk_name(target) and disk.size for disk in list_disks()):
             return
         console.print(f"there is no card in {target}")
 

@@ -191,7 +191,7 @@ def _bundle_problems(bundle: Bundle, values: dict[str, str], path: Path, ledger:
 def _check_targets(rows: list[FleetRow], wrong: Problems) -> None:
     for target, row in {row.options.target: row for row in reversed(rows)}.items():
         try:
-            check_target(target, needed_bytes(row.options), largest_bytes=row.options.largest_bytes)
+            check_target(target, needed_bytes(row.options), largest_bytes=row.options.largest_bytes, unmount=row.options.unmount)
         except FlashError as error:
             wrong.add(str(error), row.line, row.device)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.flash.disks import check_target, list_disks, refusals
+from edge_agent.flash.disks import Disk, Mount, check_target, refusals
+from edge_agent.flash.disks_linux import list_disks, unmount
 from edge_agent.flash.errors import FlashError
 
 GB = 10**9
@@ -62,6 +63,14 @@ def test_what_may_be_written(disk: dict[str, object], words: str | None):
         assert any(words in reason for reason in reasons), reasons
 
 
+def test_only_what_a_desktop_mounted_can_be_let_go():
+    (plugged,) = list_disks(listing(row(children=[{**PARTITION, "mountpoints": ["/media/ann/bootfs"]}])))
+    assert any("(--unmount lets go of it)" in reason for reason in refusals(plugged, GB))
+    assert refusals(plugged, GB, unmount=True) == []
+    (both,) = list_disks(listing(row(children=[{**PARTITION, "mountpoints": ["/media/ann/bootfs", "/"]}])))
+    assert refusals(both, GB, unmount=True) == ["it is in use: /dev/sdx1 is mounted on /"]
+
+
 def test_partitions_and_optical_drives_are_not_listed():
     assert list_disks(listing({**row(), "type": "rom"}, {**row(), "type": "part"})) == []
 
@@ -89,6 +98,24 @@ def loop_device(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     device = made.stdout.strip()
     yield device, backing
     subprocess.run(["/usr/sbin/losetup", "--detach", device], check=False)
+
+
+def test_unmounting(loop_device: tuple[str, Path], tmp_path: Path):
+    device, _ = loop_device
+    subprocess.run(["/usr/sbin/mke2fs", "-q", "-F", device], check=True)
+    place = tmp_path / "mounted"
+    place.mkdir()
+    if subprocess.run(["mount", device, place], check=False).returncode:
+        pytest.skip("nothing can be mounted here")
+    disk = Disk(device, GB, "", "usb", removable=True, read_only=False, kind="disk", used_for=(), mounts=(Mount(device, str(place)),))
+    try:
+        with (place / "file").open("w"), pytest.raises(FlashError, match=f"{place} cannot be unmounted: .*; close what uses it"):
+            unmount(disk)
+        unmount(disk)
+        assert not place.is_mount()
+    finally:
+        if place.is_mount():
+            subprocess.run(["umount", place], check=True)
 
 
 def test_a_loop_device_is_refused_as_it_is_and_when_mounted(loop_device: tuple[str, Path], tmp_path: Path):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from edge_agent.flash.card import FIRST_BLOCK_BYTES, write_card
-from edge_agent.flash.eject import eject
+from edge_agent.flash.disks_linux import eject
 from edge_agent.flash.errors import FlashError
 from edge_agent.flash.volume import FileVolume
 from tests.flash.images import MIB, make_image, needs_image_tools
@@ -159,9 +159,9 @@ def test_ejecting_never_fails_a_finished_card(tmp_path: Path, monkeypatch: pytes
     """With no such program, and with one that refuses."""
     program = tmp_path / "eject"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "not installed" in eject(Path("/nowhere/card"))
+    assert "not installed" in eject("/nowhere/card")
     program.write_text("#!/bin/sh\necho no such drive >&2\nexit 1\n")
     program.chmod(0o755)
-    assert "could not be ejected (no such drive)" in eject(Path("/nowhere/card"))
+    assert "could not be ejected (no such drive)" in eject("/nowhere/card")
     program.write_text("#!/bin/sh\nexit 0\n")
-    assert "is ejected" in eject(Path("/nowhere/card"))
+    assert "is ejected" in eject("/nowhere/card")
