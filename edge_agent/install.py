@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from edge_agent.jetson_tree import is_jetson_root, not_ready, waits_for_a_person
 from edge_agent.spool_file import sync_folder
 from side_tuning.bundle import read_bundle
 
@@ -55,10 +56,12 @@ def install(plan: Plan, run: Callable[[Sequence[str]], None] | None = None) -> l
     """Put everything in place; returns what changed, in words (nothing: all was there already).
 
     Raises:
-        InstallError: no root rights, no systemd, or a tree that is none of an operating system.
+        InstallError: no root rights, no systemd, a tree that is none of an operating system, or NVIDIA's before its time.
         BundleError: the bundle cannot be used.
 
     """
+    if is_jetson_root(plan.root) and (problem := not_ready(plan.root)):
+        raise InstallError(problem)
     _check_root(plan)
     bundle = None if plan.bundle is None else read_bundle(plan.bundle).to_text().encode()
     changes: list[str] = []
@@ -91,6 +94,16 @@ def install(plan: Plan, run: Callable[[Sequence[str]], None] | None = None) -> l
         (plan.root / _UPDATED).unlink()
         changes.append(f"removed {_UPDATED}: the first boot makes the agent's user")
     return changes
+
+
+def still_to_do(plan: Plan) -> list[str]:
+    """What keeps the agent from starting at a tree's first boot, and is not for this program to do."""
+    notes = []
+    if not plan.live and not (plan.root / plan.program.relative_to("/")).exists():
+        notes.append(f"{plan.program} is not in {plan.root} yet: put the agent there before the board is flashed")
+    if waits_for_a_person(plan.root):
+        notes.append("the board will ask on its screen who uses it, and the agent waits for the answer; tools/l4t_create_default_user.sh spares it that")
+    return notes
 
 
 def uninstall(root: Path, *, purge: bool, run: Callable[[Sequence[str]], None] | None = None) -> list[str]:

@@ -11,16 +11,13 @@ from typer.testing import CliRunner
 
 from edge_agent.cli import app
 from edge_agent.install import UNIT, InstallError, Plan, install, uninstall
+from tests.edge_agent.jetson import make_jetson_tree
 from tests.flash.test_first_boot import make_bundle
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """What counts of NVIDIA's Linux_for_Tegra/rootfs, or of any system with systemd."""
-    root = tmp_path / "Linux_for_Tegra" / "rootfs"
-    (root / "etc" / "systemd" / "system").mkdir(parents=True)
-    (root / "usr" / "lib" / "systemd").mkdir(parents=True)
-    return root
+    return make_jetson_tree(tmp_path)
 
 
 def arguments(tree: Path, tmp_path: Path) -> list[str]:
@@ -77,7 +74,7 @@ def test_uninstall_keeps_what_is_the_persons_unless_told(tree: Path, tmp_path: P
     runner = CliRunner()
     runner.invoke(app, arguments(tree, tmp_path))
     assert runner.invoke(app, ["install", "--root", str(tree), "--uninstall"]).exit_code == 0
-    assert set(contents(tree)) == {"etc/mobillm-fleet/agent.toml", "var/lib/mobillm-fleet/device.bundle"}
+    assert set(contents(tree)) - set(before) == {"etc/mobillm-fleet/agent.toml", "var/lib/mobillm-fleet/device.bundle"}
     assert not (tree / "etc/systemd/system/multi-user.target.wants" / UNIT).is_symlink()
     runner.invoke(app, ["install", "--root", str(tree), "--uninstall", "--purge"])
     assert contents(tree) == before
@@ -117,3 +114,53 @@ def test_systemds_own_programs_make_user_and_folders(tree: Path, tmp_path: Path)
     result = subprocess.run(["systemd-sysusers", f"--root={tree}"], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "mobillm-fleet:" in (tree / "etc/passwd").read_text()
+
+
+@pytest.mark.parametrize(
+    ("gone", "words"),
+    [
+        ("rootfs/etc/nv_tegra_release", "NVIDIA's own packages are not in the tree yet; run sudo ./apply_binaries.sh"),
+        ("rootfs/usr", "has no root file system in it; unpack NVIDIA's"),
+        ("rootfs/etc", "has no root file system in it; unpack NVIDIA's"),
+        ("flash.sh", "no complete Jetson Linux (no flash.sh)"),
+        ("bootloader", "no complete Jetson Linux (no bootloader)"),
+        ("kernel", "no complete Jetson Linux (no kernel)"),
+        ("nv_tegra", "no complete Jetson Linux (no nv_tegra)"),
+    ],
+)
+@pytest.mark.parametrize("moved", [False, True])
+def test_nvidias_tree_before_its_time_is_refused_untouched(tree: Path, tmp_path: Path, gone: str, words: str, moved: bool):
+    """Under another name too: what is beside `rootfs` tells what it is."""
+    place = tree.parent / gone
+    if place.is_dir():
+        shutil.rmtree(place)
+    else:
+        place.unlink()
+    if moved:
+        tree = tree.parent.rename(tmp_path / "jetpack-6") / "rootfs"
+    before = contents(tree)
+    result = CliRunner().invoke(app, arguments(tree, tmp_path))
+    assert result.exit_code == 1
+    assert words in result.output
+    assert contents(tree) == before
+
+
+def test_a_root_that_is_not_nvidias_needs_none_of_that(tmp_path: Path):
+    root = tmp_path / "rootfs"
+    (root / "etc").mkdir(parents=True)
+    (root / "usr" / "lib" / "systemd").mkdir(parents=True)
+    assert CliRunner().invoke(app, arguments(root, tmp_path)).exit_code == 0
+
+
+def test_what_is_still_to_do_before_flashing_is_said(tree: Path, tmp_path: Path):
+    """apply_binaries.sh links default.target so until l4t_create_default_user.sh has run; that target conflicts with multi-user.target."""
+    (tree / "opt/mobillm-fleet/bin/edge-agent").unlink()
+    target = tree / "etc/systemd/system/default.target"
+    target.symlink_to("/lib/systemd/system/nv-oem-config.target")
+    output = CliRunner().invoke(app, arguments(tree, tmp_path)).output
+    assert "still to do: /opt/mobillm-fleet/bin/edge-agent is not in" in output
+    assert "still to do: the board will ask on its screen who uses it" in output
+    target.unlink()
+    target.symlink_to("/lib/systemd/system/graphical.target")
+    (tree / "opt/mobillm-fleet/bin/edge-agent").touch()
+    assert "still to do" not in CliRunner().invoke(app, arguments(tree, tmp_path)).output

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.coordinator.fleet import settings_file
+from tests.edge_agent.jetson import make_jetson_tree
 from tests.flash.images import boot_file, make_image, needs_image_tools
 from tests.flash.test_first_boot import SYSTEMS
 
@@ -40,9 +41,9 @@ def desk(tmp_path: Path) -> Path:
     (tmp_path / ".ssh" / "id_ed25519.pub").write_text("ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIMx0 ann@laptop\n")
     (tmp_path / "wifi.txt").write_text("correct horse battery\n")
     (tmp_path / "agent.toml").write_text('bundle_file = "/var/lib/mobillm-fleet/device.bundle"\n')
-    for tree in ("Linux_for_Tegra/rootfs", "board"):
-        (tmp_path / tree / "etc" / "systemd" / "system").mkdir(parents=True)
-        (tmp_path / tree / "usr" / "lib" / "systemd").mkdir(parents=True)
+    make_jetson_tree(tmp_path)
+    (tmp_path / "board" / "etc" / "systemd" / "system").mkdir(parents=True)
+    (tmp_path / "board" / "usr" / "lib" / "systemd").mkdir(parents=True)
     settings_file(tmp_path, 1883)
     assert run(tmp_path, "coordinator init").returncode == 0
     return tmp_path
