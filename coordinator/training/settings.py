@@ -54,5 +54,9 @@ class TrainingSettings(BaseModel):
     settle_seconds: float = Field(default=3.0, ge=0)  # without a step for this long, evaluate and save what is new
     evaluate_every_seconds: float = Field(default=15.0, gt=0)
     evaluate_samples: int = Field(default=20_000, ge=1)  # held-out samples looked at, spread evenly over all of them
+    # A checkpoint costs every device its bytes. So the next one comes when the run has grown by this share of its steps, or when
+    # the longest time is over; never sooner than the shortest.
     checkpoint_every_seconds: float = Field(default=60.0, gt=0)
+    checkpoint_growth: float = Field(default=0.1, ge=0)
+    checkpoint_longest_seconds: float = Field(default=900.0, gt=0)
     keep_checkpoints: int = Field(default=5, ge=2)

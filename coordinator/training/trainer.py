@@ -32,6 +32,7 @@ from coordinator.training.figures import Figures
 from coordinator.training.learner import Learner, side_network_config
 from coordinator.training.run_state import RunIdentity, begin_or_continue, what_is_learned
 from coordinator.training.sampler import GrowingArray, Sampler
+from coordinator.training.settings import TrainingSettings
 from coordinator.training.take_in import SAMPLES_AT_A_TIME, take_in
 from coordinator.training.tap_cache import TapCache
 from coordinator.training.troubles import Troubles
@@ -183,7 +184,7 @@ def train(training: Training, store: Store, settings: CoordinatorSettings, stop:
         if _evaluation_due(training, settled=settled, seconds=clock - evaluated_at, settings=settings):
             _evaluate(training, store, settings, now)
             evaluated_at = time.monotonic()
-        if _checkpoint_due(training, settled=settled, seconds=clock - saved_at, settings=settings):
+        if checkpoint_due(training.step, training.saved_step, settled=settled, seconds=clock - saved_at, knobs=knobs):
             _save(training, store, settings, now)
             saved_at = time.monotonic()
     if training.step > training.saved_step:
@@ -335,12 +336,14 @@ def _evaluate(training: Training, store: Store, settings: CoordinatorSettings, n
     log.info("step %d: %d train samples, %s", training.step, training.sampler.samples, said)
 
 
-def _checkpoint_due(training: Training, *, settled: bool, seconds: float, settings: CoordinatorSettings) -> bool:
-    if training.step == training.saved_step:
+def checkpoint_due(step: int, saved_step: int, *, settled: bool, seconds: float, knobs: TrainingSettings) -> bool:
+    """Whether what was learned since `saved_step`, `seconds` ago, is worth its bytes to every device."""
+    if step == saved_step:
         return False
-    knobs = settings.training
-    if training.saved_step == 0:  # what a fleet has learned first goes out soon
+    if saved_step == 0:  # what a fleet has learned first goes out soon
         return (settled and seconds >= knobs.settle_seconds) or seconds >= min(knobs.evaluate_every_seconds, knobs.checkpoint_every_seconds)
+    if step - saved_step < knobs.checkpoint_growth * saved_step and seconds < knobs.checkpoint_longest_seconds:
+        return False
     return seconds >= knobs.checkpoint_every_seconds / (4 if settled else 1)
 
 

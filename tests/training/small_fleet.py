@@ -37,7 +37,7 @@ def plan(version: int = 1, **changes: Any) -> TapPlan:
 def settings(folder: Path, **training: Any) -> CoordinatorSettings:
     small = {
         "side_width": 16, "input_dropout": 0.1, "min_samples": 32, "batch_size": 32, "replay_ratio": 40, "replay_cap": 200,
-        "poll_seconds": 0.05, "settle_seconds": 0.1, "evaluate_every_seconds": 0.5, "checkpoint_every_seconds": 0.5,
+        "poll_seconds": 0.05, "settle_seconds": 0.1, "evaluate_every_seconds": 0.5, "checkpoint_every_seconds": 0.5, "checkpoint_growth": 0.0,
     }  # fmt: skip
     return CoordinatorSettings(
         data_directory=folder / "data",

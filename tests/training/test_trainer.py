@@ -30,8 +30,17 @@ from coordinator.training.checkpoints import (
 )
 from coordinator.training.evaluation import evaluate
 from coordinator.training.run_state import begin_or_continue, what_is_learned
+from coordinator.training.settings import TrainingSettings
 from coordinator.training.take_in import take_in
-from coordinator.training.trainer import Training, may_step, open_training, progress_of, take_step, take_up
+from coordinator.training.trainer import (
+    Training,
+    checkpoint_due,
+    may_step,
+    open_training,
+    progress_of,
+    take_step,
+    take_up,
+)
 from side_tuning.network.anchor_map import AnchorMap
 from side_tuning.network.files import load_alignment, load_ladder, save_alignment
 from side_tuning.network.side_network import predict_logits
@@ -245,6 +254,26 @@ def test_the_loop_learns_evaluates_and_offers_what_devices_can_use(store: Store,
         alignment = load_alignment(folder / f"alignment-{rows.fingerprint}.safetensors")
         correct += int((predict_logits(alignment, ladder, rows.inputs, rows.mask).argmax(1) == rows.labels).sum())
     assert correct / len(held_out) == fleet.accuracy
+
+
+@pytest.mark.parametrize(
+    ("step", "saved_step", "settled", "seconds", "due"),
+    [
+        (0, 0, True, 1e6, False),  # nothing learned
+        (30, 0, False, 14, False),
+        (30, 0, False, 15, True),  # the first goes out soon
+        (30, 0, True, 3, True),
+        (109, 100, False, 899, False),  # hardly anything new
+        (109, 100, True, 899, False),
+        (101, 100, False, 900, True),  # but some day it goes out
+        (100, 100, True, 1e6, False),
+        (110, 100, False, 59, False),
+        (110, 100, False, 60, True),
+        (110, 100, True, 15, True),
+    ],
+)
+def test_a_checkpoint_goes_out_when_it_is_worth_its_bytes(step: int, saved_step: int, settled: bool, seconds: float, due: bool) -> None:
+    assert checkpoint_due(step, saved_step, settled=settled, seconds=seconds, knobs=TrainingSettings()) is due
 
 
 def test_a_quiet_fleet_costs_nothing(store: Store, tmp_path: Path) -> None:
