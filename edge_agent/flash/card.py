@@ -219,7 +219,7 @@ def _open_words(target: Path, error: OSError) -> str:
     if error.errno == errno.EBUSY:
         return f"{target} is in use (mounted, or another program writes to it); unmount it and close other flashing programs"
     if error.errno in (errno.EACCES, errno.EPERM):
-        return f"{target} cannot be opened for writing: {error.strerror}; {this_system().RIGHTS}"
+        return f"{target} cannot be opened for writing: {error.strerror}; {this_system().RIGHTS if is_disk(target) else 'choose another file'}"
     if error.errno == errno.EROFS:
         return f"{target} is read-only; is the card's lock slid down?"
     if error.errno in (errno.ENOMEDIUM if hasattr(errno, "ENOMEDIUM") else -1, errno.ENXIO, errno.ENODEV):

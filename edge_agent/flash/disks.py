@@ -108,7 +108,7 @@ def list_disks() -> list[Disk]:
 
 def is_disk(target: Path) -> bool:
     """Whether this is a disk of this machine, not a file."""
-    return this_system().disk_name(target) is not None
+    return _disk_of(target) is not None
 
 
 def open_volume(target: Path) -> Volume:
@@ -118,9 +118,8 @@ def open_volume(target: Path) -> Volume:
         OSError: it cannot be had.
 
     """
-    layer = this_system()
-    disk = layer.disk_name(target)
-    return FileVolume(target) if disk is None else layer.open_volume(disk)
+    found = _disk_of(target)
+    return FileVolume(target) if found is None else found[0].open_volume(found[1])
 
 
 def open_reader(target: Path) -> Reader:
@@ -130,9 +129,18 @@ def open_reader(target: Path) -> Reader:
         OSError: it cannot be had.
 
     """
-    layer = this_system()
-    disk = layer.disk_name(target)
-    return UncachedReader(target) if disk is None else layer.open_reader(disk)
+    found = _disk_of(target)
+    return UncachedReader(target) if found is None else found[0].open_reader(found[1])
+
+
+def _disk_of(target: Path, layer: DeviceLayer | None = None) -> tuple[DeviceLayer, str] | None:
+    """The disk that `target` is, and who knows it; None for a file, which is all that unknown systems have."""
+    try:
+        layer = layer or this_system()
+    except FlashError:
+        return None
+    name = layer.disk_name(target)
+    return None if name is None else (layer, name)
 
 
 def refusals(disk: Disk, image_bytes: int, largest_bytes: int = DEFAULT_LARGEST_BYTES, *, unmount: bool = False) -> list[str]:
@@ -170,13 +178,12 @@ def check_target(
         FlashError: a disk that must not be written, or neither a disk nor a file.
 
     """
-    layer = layer or this_system()
-    name = layer.disk_name(target)
-    if name is None:
+    found = _disk_of(target, layer)
+    if found is None:
         _check_file(target)
         return None
-    known = layer.list_disks() if disks is None else disks
-    disk = next((one for one in known if one.path == name), None)
+    known = found[0].list_disks() if disks is None else disks
+    disk = next((one for one in known if one.path == found[1]), None)
     if disk is None:
         raise FlashError(f"{target} is no whole disk (perhaps a partition, or taken out); `edge-agent flash --list` shows the cards")
     if reasons := refusals(disk, image_bytes, largest_bytes, unmount=unmount):

@@ -215,7 +215,16 @@ def _volumes(disk: str) -> list[str]:
 
 def volume_paths(parts: list[dict[str, Any]]) -> list[str]:
     """What CreateFileW opens of partitions' volumes."""
-    return [path.rstrip("\\") for part in parts for path in part.get("AccessPaths") or () if path.startswith("\\\\?\\Volume")]
+    return [path.rstrip("\\") for part in parts for path in _access_paths(part) if path.startswith("\\\\?\\Volume")]
+
+
+def _access_paths(part: dict[str, Any]) -> list[str]:
+    """Letters, folders and the volume's own name, however this PowerShell writes a list into JSON."""
+    paths = part["AccessPaths"] or []
+    paths = paths["value"] if isinstance(paths, dict) else [paths] if isinstance(paths, str) else paths
+    if not all(isinstance(path, str) for path in paths):
+        raise TypeError(f"access paths {paths!r}")
+    return list(paths)
 
 
 def _disk(row: dict[str, Any], parts: list[dict[str, Any]]) -> Disk:
@@ -227,7 +236,7 @@ def _disk(row: dict[str, Any], parts: list[dict[str, Any]]) -> Disk:
         name = f"partition {part['PartitionNumber']} of {path}"
         if part.get("IsBoot") or part.get("IsSystem"):
             uses.append(f"{name} belongs to Windows")
-        mounts += [Mount(name, place) for place in part.get("AccessPaths") or () if not place.startswith("\\\\?\\")]
+        mounts += [Mount(name, place) for place in _access_paths(part) if not place.startswith("\\\\?\\")]
     return Disk(
         path=path,
         size=int(row.get("Size") or 0),

@@ -45,6 +45,8 @@ def flash_fleet(
         FlashError: something is wrong that can be seen beforehand (nothing was written), or a card failed (those before it are made).
 
     """
+    if not fleet.is_file():
+        raise FlashError(f"there is no fleet file {fleet}; give the right path with --fleet")
     with hold(fleet.with_name(f"{fleet.name}.ledger.jsonl")) as ledger:
         ask = functools.cache(ask_secret)  # one network's passphrase is asked for once, not per card
         rows, finished = check_fleet(fleet, common, ledger, bundles, ask)
@@ -133,9 +135,11 @@ def ask_for_card(device: str, target: Path, console: Console) -> None:
     """Wait until a person has put in the next card.
 
     Raises:
-        FlashError: nobody is there to ask.
+        FlashError: nobody is there to ask, or the target is a file, which nobody can take out.
 
     """
+    if not is_disk(target):
+        raise FlashError(f"{target} is a file; put {{device}} into --target, so that each card has a file of its own")
     while True:
         try:
             console.input(f"Take the card out, put in the one for [bold]{device}[/], then press Enter ")

@@ -10,6 +10,7 @@ import errno
 import mmap
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -130,7 +131,8 @@ class UncachedReader:
         if self.path.is_block_device():
             import fcntl
 
-            fcntl.ioctl(self._descriptor, _BLKFLSBUF, 0)  # unlike the advice, this is obeyed
+            with suppress(PermissionError):  # root's alone
+                fcntl.ioctl(self._descriptor, _BLKFLSBUF, 0)  # unlike the advice, this is obeyed
 
     def __enter__(self) -> Self:
         return self

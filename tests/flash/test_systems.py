@@ -131,6 +131,8 @@ VOLUME = "\\\\?\\Volume{0b8f4d2e-0000-0000-0000-100000000000}\\"
         ({}, (part(VOLUME),), None),  # nobody sees it
         ({}, (part(),), None),
         ({}, (part("E:\\", VOLUME, DiskNumber=3),), None),  # another disk's
+        ({}, (part(AccessPaths={"value": ["E:\\"], "Count": 1}),), "is mounted on E:"),  # as some versions write lists
+        ({}, (part(AccessPaths="E:\\"),), "is mounted on E:"),
         ({}, (part("E:\\", VOLUME),), "is mounted on E:\\ (--unmount lets go of it)"),
         ({}, (part("C:\\", VOLUME, IsBoot=True),), "belongs to Windows"),
         ({"IsBoot": True}, (), "has Windows on it"),
@@ -305,9 +307,7 @@ def test_a_card_is_made_through_raw_sectors(tmp_path: Path, monkeypatch: pytest.
     card.write_bytes(b"\xee" * (image.stat().st_size + 3 * MIB))
     (tmp_path / "bundle").write_text(make_bundle().to_text())
     layer = RawLayer(card)
-    monkeypatch.setattr(disks, "platform", type("Elsewhere", (), {"system": staticmethod(lambda: "Plan 9")}))
     arguments = ["flash", "--image", str(image), "--target", str(card), "--bundle", str(tmp_path / "bundle")]
-    assert "cannot be told apart on Plan 9" in CliRunner().invoke(app, arguments).output
     for module in ("disks", "card", "command"):
         monkeypatch.setattr(f"edge_agent.flash.{module}.this_system", lambda: layer)
     refused = CliRunner().invoke(app, [*arguments, "--yes"])
@@ -350,6 +350,17 @@ def test_a_file_is_made_where_python_has_none_of_unix(tmp_path: Path):
     assert result.returncode == 0, result.stderr
     assert "no uncached reading" in result.stdout
     assert b"kitchen" in boot_file(tmp_path / "card", "mobillm/flashed.json")
+
+
+@needs_image_tools
+def test_an_unknown_system_writes_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("edge_agent.flash.disks.platform.system", lambda: "Plan 9")
+    image = make_image(tmp_path / "os.img", SYSTEMS["cloud-init"], root_megabytes=1)
+    (tmp_path / "bundle").write_text(make_bundle().to_text())
+    assert "cannot be told apart on Plan 9" in CliRunner().invoke(app, ["flash", "--list"]).output
+    arguments = ["flash", "--image", str(image), "--bundle", str(tmp_path / "bundle"), "--yes"]
+    assert "neither a disk nor a file" in CliRunner().invoke(app, [*arguments, "--target", "/dev/null"]).output
+    assert CliRunner().invoke(app, [*arguments, "--target", str(tmp_path / "card")]).exit_code == 0
 
 
 def test_every_layer_has_all_of_the_interface():

@@ -15,7 +15,7 @@ import pytest
 from edge_agent.flash.card import FIRST_BLOCK_BYTES, write_card
 from edge_agent.flash.disks_linux import eject
 from edge_agent.flash.errors import FlashError
-from edge_agent.flash.volume import FileVolume
+from edge_agent.flash.volume import FileVolume, UncachedReader
 from tests.flash.images import MIB, make_image, needs_image_tools
 from tests.flash.test_card import is_bootable, put_bundle
 
@@ -68,6 +68,27 @@ def test_a_card_is_made_on_a_block_device(image: Path, tmp_path: Path):
         written = write_card(image, device, customise=put_bundle)
         assert written.read_past_cache
     assert is_bootable(backing)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_reading_back_goes_past_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool):
+    """The medium changes behind the kernel's back; what it remembers of it is not what is there."""
+    backing = sparse(tmp_path / "backing", MIB)
+    with loop(backing) as device:
+        if device.read_bytes()[:3] != b"\0\0\0":
+            pytest.fail("the device is not the sparse file")
+        with device.open("rb") as remembered:  # while somebody has it open, the kernel keeps what it knows
+            remembered.read(4096)
+            with backing.open("r+b") as file:
+                file.write(b"new")
+            remembered.seek(0)
+            if os.pread(remembered.fileno(), 3, 0) == b"new":
+                pytest.skip("this kernel remembers nothing of a loop device")
+            if not direct:
+                monkeypatch.delattr(os, "O_DIRECT")
+            with UncachedReader(device) as reader:
+                assert reader.direct == direct
+                assert reader.read_at(0, 3) == b"new"
 
 
 @pytest.mark.parametrize("stated", [True, False])
