@@ -107,7 +107,7 @@ def fill(store: Store, devices: int, samples: int) -> None:
             insert_evaluation(session, "run-1", step, "fleet", "fleet", 0.8, 0.5, 20_000, now - timedelta(minutes=EVALUATIONS - step))
         session.execute(
             insert(Evaluation),
-            [{"run_id": 1, "step": step, "scope": "device", "name": name, "accuracy": 0.8, "loss": 0.5, "samples": 10, "at": now} for step in range(EVALUATIONS) for name in names],
+            [{"run_id": 1, "step": step, "scope": "device", "name": name, "score": 0.8, "loss": 0.5, "samples": 10, "at": now} for step in range(EVALUATIONS) for name in names],
         )
         mark_published(session, insert_checkpoint(session, "run-1", 1, "/nowhere", {"accuracy": 0.8}, now), now)
     for name in names:

@@ -227,7 +227,7 @@ class _Comparison:
         for name, label in (("centralised", "LoRA, centralised"), ("full", "all weights, centralised (upper bound)")):
             last = peers[name][-1]
             methods.append(Method(label, last["accuracy"], min(last["by_device"]), 0.0, text, bytes_are="raw text as JSON lines, calculated"))
-        methods.extend(Method(f"side-tuning, centralised, {mode}", score.accuracy, score.worst_device_accuracy) for mode, score in central.items())
+        methods.extend(Method(f"side-tuning, centralised, {mode}", score.score, score.worst_device_score) for mode, score in central.items())
         return methods, target
 
     def _tapped(self, mode: Mode, shares: Sequence[Share]) -> list[TappedDevice]:

@@ -102,7 +102,7 @@ def run_fleet(  # noqa: PLR0917 - who has what, on what, where
         rows.write_text("".join(row.as_json("held-out") + "\n" for row in shares[number].test), encoding="utf-8")
         program = [sys.executable, "-m", "edge_agent.cli", "infer", "--config", str(devices[number].config_file)]
         said = run_program(f"measuring {devices[number].name}", [*program, "--file", str(rows), "--json"], INFERRING_SECONDS)
-        return float(json.loads(said)["accuracy"])
+        return float(json.loads(said)["score"])
 
     with ThreadPoolExecutor(max_workers=2) as pool:
         accuracies = list(pool.map(measure, range(len(devices))))

@@ -168,6 +168,6 @@ def _look(training: Training, store: Store) -> None:
 
 def _measure(training: Training, now: float, arrived: dict[str, int]) -> Point:
     found = evaluate(training.cache, training.learner, EVALUATED_SAMPLES)
-    fleet = next(one.accuracy for one in found if one.scope == "fleet")
-    by_device = {one.name: one.accuracy for one in found if one.scope == "device"}
+    fleet = next(one.score for one in found if one.scope == "fleet")
+    by_device = {one.name: one.score for one in found if one.scope == "device"}
     return Point(now, training.step, fleet, by_device, dict(arrived))

@@ -8,7 +8,9 @@ from typing import Any
 
 from coordinator.store.engine import Store
 from coordinator.store.fleet import DeviceOverview, device_overview
+from coordinator.store.views import newest_run, task_of_run
 from coordinator.timeline import Timeline, TimelineStep, late_first_steps
+from side_tuning.tasks import METRICS, Metric
 
 CLOCK_OFF_SECONDS = 300.0  # more than a slow link explains; certificates and schedules begin to suffer
 
@@ -20,10 +22,11 @@ def device_lines(store: Store, only: str | None = None) -> list[str]:
     now = datetime.now(timezone.utc)
     with store.read() as session:
         devices = device_overview(session, now, device=only)
+        metric = METRICS[task_of_run(session, newest_run(session))]
     if not devices:
         return ["no device has been heard of yet"]
     width = max(len(one.device) for one in devices)
-    return [line for one in devices for line in (_line(one, width), *(f"{'':<{width}}  ! {words}" for words in _troubles(one, now)))]
+    return [line for one in devices for line in (_line(one, width, metric), *(f"{'':<{width}}  ! {words}" for words in _troubles(one, now)))]
 
 
 def timeline_lines(way: Timeline) -> list[str]:
@@ -50,7 +53,7 @@ def device_records(store: Store) -> list[dict[str, Any]]:
     return [_plain(asdict(one)) for one in devices]
 
 
-def _line(one: DeviceOverview, width: int) -> str:
+def _line(one: DeviceOverview, width: int, metric: Metric) -> str:
     ledger = one.ledger
     if ledger.settled:
         books = "all accounted for"
@@ -58,11 +61,11 @@ def _line(one: DeviceOverview, width: int) -> str:
         books = f"{ledger.missing} on their way"
     else:
         books = f"LEDGER DOES NOT BALANCE: {ledger.missing} of {ledger.produced} missing"
-    accuracy = "" if one.accuracy is None else f", accuracy {one.accuracy:.1%}"
+    score = "" if one.score is None else f", {metric.said(one.score)}"
     return (
         f"{one.device:<{width}}  {one.state} since {one.since:%Y-%m-%d %H:%M:%S} ({one.reason}); "
         f"backbone {(one.backbone or 'unknown')[:8]}, {one.rate_5m:.2f} samples/s, {one.stored_samples} samples in "
-        f"{one.stored_frames} frames, {one.rejected_frames} rejected, {one.duplicate_frames} duplicates; {books}{accuracy}"
+        f"{one.stored_frames} frames, {one.rejected_frames} rejected, {one.duplicate_frames} duplicates; {books}{score}"
     )
 
 

@@ -24,11 +24,11 @@ from coordinator.store.views import (
     Measured,
     Minute,
     Order,
-    accuracy_series,
     arrival_minutes,
     assigned_plan,
     device_access,
     orders,
+    score_series,
     usual_interval,
 )
 from coordinator.timeline import Timeline, timeline, why_nothing_stored
@@ -41,7 +41,7 @@ from side_tuning.wire.messages import TapPlan
 router = APIRouter()
 
 PLOT_MINUTES = 60
-ACCURACY_POINTS = 100
+SCORE_POINTS = 100
 FEW = 5
 FLEET_SECONDS = 15.0
 
@@ -57,7 +57,7 @@ class DeviceDetail:
     plan_words: str
     plan_is_own: bool
     backbone: BackboneManifest | None  # as registered
-    accuracy: tuple[Measured, ...]
+    scores: tuple[Measured, ...]
     rejections: tuple[RejectionRow, ...]
     certificates: tuple[CertificateRow, ...]
     orders: tuple[Order, ...]
@@ -99,6 +99,7 @@ def device_values(view: View, snapshot: FleetSnapshot, device: str, *, anew: boo
         "access": access,
         "detail": detail,
         "snapshot": snapshot,
+        "metric": snapshot.metric,
         "troubles": () if one is None else troubles_of(one, access, snapshot.at),
         "sent_per_sample": _sent_per_sample(one),
         "certificate_expires_at": _expiry(one, access),
@@ -121,9 +122,9 @@ def read_detail(store: Store, device: str, snapshot: FleetSnapshot, one: DeviceO
             plan_words="" if plan is None else describe(plan[0]),
             plan_is_own=plan is not None and plan[1],
             backbone=known[one.backbone].manifest if one is not None and one.backbone in known else None,
-            accuracy=()
+            scores=()
             if snapshot.run is None
-            else tuple(accuracy_series(session, snapshot.run, "device", name=device, limit=ACCURACY_POINTS)),
+            else tuple(score_series(session, snapshot.run, "device", name=device, limit=SCORE_POINTS)),
             rejections=tuple(rejections(session, device, FEW)),
             certificates=tuple(certificates_of(session, device)[:FEW]),
             orders=tuple(orders(session, device, FEW)),

@@ -1,4 +1,4 @@
-"""The fleet: totals, accuracy over time, and every device, worst first."""
+"""The fleet: totals, scores over time, and every device, worst first."""
 
 from __future__ import annotations
 
@@ -35,10 +35,11 @@ def fleet_values(snapshot: FleetSnapshot, query: Query) -> dict[str, Any]:
     absent = [(access, late_first_steps(access, None, snapshot.at)) for access in snapshot.access.values() if access.device not in heard]
     return {
         "snapshot": snapshot,
+        "metric": snapshot.metric,
         "states": snapshot.states(),
         "in_trouble": sum(1 for row in rows if row.troubles),
         "unbalanced": sum(1 for row in rows if not row.overview.ledger.balanced),
-        "page": page_of(rows, query),
+        "page": page_of(rows, query, snapshot.metric),
         "query": query,
         "groups": sorted({access.group for access in snapshot.access.values() if access.group}),
         "backbones": sorted({one.backbone for one in snapshot.devices if one.backbone}),
@@ -55,7 +56,7 @@ def fleet_fragments(view: View, snapshot: FleetSnapshot, query: Query) -> dict[s
     """The fragments of the fleet's page: its parts, each row of the table, and the order of the rows."""
     values = fleet_values(snapshot, query)
     page: FleetPage = values["page"]
-    render = view.templates.get_template("rows.html").make_module({"now": None}).device_row  # type: ignore[attr-defined]
+    render = view.templates.get_template("rows.html").make_module({"now": None, "metric": snapshot.metric}).device_row  # type: ignore[attr-defined]
     rows = {f"row:{row.overview.device}": str(render(row)) for row in page.rows}
     return {**view.fragments("fleet_parts.html", values), "order:devices": "\n".join(rows), **rows}
 

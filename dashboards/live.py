@@ -160,7 +160,7 @@ class Live:
 
     def device(self, session: Session, device: str) -> DeviceOverview | None:
         """One device as it is now, without reading the others."""
-        known = FleetMemory(evaluation=self._memory.evaluation, accuracy=self._memory.accuracy)
+        known = FleetMemory(evaluation=self._memory.evaluation, scores=self._memory.scores)
         found = device_overview(session, self._now(), self._heartbeat, device=device, memory=known)
         return found[0] if found else None
 

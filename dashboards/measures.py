@@ -9,7 +9,7 @@ from datetime import datetime
 from coordinator.settings import CoordinatorSettings
 from coordinator.store import figures
 from coordinator.store.engine import Store
-from coordinator.store.views import Measured, accuracy_series
+from coordinator.store.views import Measured, score_series
 from dashboards.snapshot import FleetSnapshot
 
 _MOST_BACKBONES = 256
@@ -19,7 +19,7 @@ _MOST_BACKBONES = 256
 class Measures:
     """The rest of one look; what cannot be found out is empty or None, and left out of the metrics."""
 
-    backbone_accuracy: dict[str, float] = field(default_factory=dict)  # fingerprint -> newest
+    backbone_scores: dict[str, float] = field(default_factory=dict)  # fingerprint -> newest
     worst_device: Measured | None = None
     certificate_lifetimes: dict[str, tuple[datetime, datetime]] = field(default_factory=dict)  # device -> issued, expires
     backbones: int = 0
@@ -32,8 +32,8 @@ def take_measures(store: Store, snapshot: FleetSnapshot, settings: CoordinatorSe
     """Look at the rest. Raises StoreError as the store does."""
     with store.read() as session:
         run = snapshot.run
-        by_backbone = accuracy_series(session, run, "backbone", limit=_MOST_BACKBONES) if run else []
-        worst = accuracy_series(session, run, "worst-device", limit=1) if run else []
+        by_backbone = score_series(session, run, "backbone", limit=_MOST_BACKBONES) if run else []
+        worst = score_series(session, run, "worst-device", limit=1) if run else []
         lifetimes = figures.certificate_lifetimes(session)
         backbones = figures.registered_backbones(session)
         database_bytes = figures.database_bytes(session)
@@ -42,7 +42,7 @@ def take_measures(store: Store, snapshot: FleetSnapshot, settings: CoordinatorSe
     except OSError:
         disk = None
     return Measures(
-        backbone_accuracy={measured.name: measured.accuracy for measured in by_backbone},
+        backbone_scores={measured.name: measured.score for measured in by_backbone},
         worst_device=worst[-1] if worst else None,
         certificate_lifetimes=lifetimes,
         backbones=backbones,

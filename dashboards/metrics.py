@@ -28,6 +28,7 @@ from coordinator.store.fleet import DeviceOverview
 from coordinator.timeline import late_first_steps
 from dashboards.measures import Measures, take_measures
 from dashboards.snapshot import STATES, FleetSnapshot
+from side_tuning.tasks import Metric as TaskMetric
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Of the device that is shut out nobody expects anything any more, whatever its connection looks like.
@@ -99,7 +100,6 @@ PER_DEVICE = (
     PerDevice("samples_missing", "gauge", "Samples produced and neither stored, rejected nor dropped: spooled, on their way, or lost.", lambda d: d.ledger.missing),
     PerDevice("samples_abandoned", "gauge", "Samples that went with a spool that the device has no more.", lambda d: d.ledger.abandoned),
     PerDevice("ledger_balanced", "gauge", "1 while every sample is accounted for, 0 when some are lost.", lambda d: float(d.ledger.balanced)),
-    PerDevice("accuracy_ratio", "gauge", "Accuracy on the device's held-out samples, 0 to 1.", lambda d: d.accuracy),
     PerDevice("clock_offset_seconds", "gauge", "How far the device's clock is ahead of the coordinator's.", lambda d: d.clock_offset_seconds, live=True),
     PerDevice("spool_samples", "gauge", "Samples waiting on the device, by its newest report.", _spooled("spooled")),
     PerDevice("spool_frames", "gauge", "Frames waiting on the device.", _spooled("spooled_frames")),
@@ -150,6 +150,7 @@ def metric_families(snapshot: FleetSnapshot, measures: Measures, devices_shown: 
     shown = ordered[:devices_shown]
     yield _gauge("device_series_left_out", "Devices without series of their own, for the limit was reached.", len(ordered) - len(shown))
     yield from _devices(shown, measures, states)
+    yield _scores("device_score", "Score on the device's held-out samples.", snapshot.metric, "device", {d.device: d.score for d in shown})
 
 
 def _version() -> str:
@@ -172,6 +173,15 @@ def _labelled(name: str, text: str, label: str, values: Mapping[str, float | Non
     for key, value in values.items():
         if value is not None and math.isfinite(value):
             family.add_metric([clean(key)], value)
+    return family
+
+
+def _scores(name: str, text: str, metric: TaskMetric, label: str | None, values: Mapping[str, float | None]) -> GaugeMetricFamily:
+    """`metric` says what the score is: accuracies and correlations want to be high, bits per byte low."""
+    family = GaugeMetricFamily(f"mobillm_{name}", text, labels=[*([label] if label else []), "metric"])
+    for key, value in values.items():
+        if value is not None and math.isfinite(value):
+            family.add_metric([*([clean(key)] if label else []), metric.key], value)
     return family
 
 
@@ -207,21 +217,16 @@ def _late(snapshot: FleetSnapshot) -> dict[str, float | None]:
 
 
 def _learning(snapshot: FleetSnapshot, measures: Measures) -> Iterator[Metric]:
-    for newest in snapshot.accuracy[-1:]:
-        yield _gauge("accuracy_ratio", "Accuracy on the fleet's held-out samples, 0 to 1.", newest.accuracy)
+    metric = snapshot.metric
+    for newest in snapshot.scores[-1:]:
+        yield _scores("score", "Score on the fleet's held-out samples.", metric, None, {"": newest.score})
         yield _gauge("evaluation_loss", "Loss on the fleet's held-out samples.", newest.loss)
         yield _gauge("evaluation_samples", "Held-out samples in the newest evaluation.", newest.samples)
         yield _gauge("evaluation_step", "Training step of the newest evaluation.", newest.step)
         yield _gauge("evaluation_timestamp_seconds", "When the newest evaluation was made.", newest.at.timestamp())
-    yield _labelled(
-        "backbone_accuracy_ratio", "Accuracy on the held-out samples of a backbone type's devices, 0 to 1.", "backbone",
-        measures.backbone_accuracy,
-    )
+    yield _scores("backbone_score", "Score on the held-out samples of a backbone type's devices.", metric, "backbone", measures.backbone_scores)
     worst = measures.worst_device
-    yield _labelled(
-        "worst_device_accuracy_ratio", "Accuracy of the device that does worst, 0 to 1.", "device",
-        {} if worst is None else {worst.name: worst.accuracy},
-    )
+    yield _scores("worst_device_score", "Score of the device that does worst.", metric, "device", {} if worst is None else {worst.name: worst.score})
     yield _counter("checkpoints_offered", "Checkpoints that the trainer or a person offered.", snapshot.totals.checkpoints)
     yield _counter("checkpoints_published", "Checkpoints that devices could fetch.", snapshot.totals.checkpoints_published)
     offered = snapshot.checkpoints[0].generation if snapshot.checkpoints else 0

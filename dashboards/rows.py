@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,13 +14,14 @@ from coordinator.store.views import DeviceAccess
 from coordinator.timeline import late_first_steps
 from dashboards.shown import span
 from dashboards.snapshot import STATES, FleetSnapshot
+from side_tuning.tasks import Metric
 
 PAGE_ROWS = 100
 CLOCK_OFF_SECONDS = 300.0  # more than a slow link explains; certificates and schedules begin to suffer
 EXPIRES_SOON_SECONDS = 14 * 86_400.0
 
-Sort = Literal["worst", "name", "rate", "samples", "accuracy"]
-SORTS: tuple[Sort, ...] = ("worst", "name", "rate", "samples", "accuracy")
+Sort = Literal["worst", "name", "rate", "samples", "score"]
+SORTS: tuple[Sort, ...] = ("worst", "name", "rate", "samples", "score")
 
 # Lower is worse. An account that does not balance means lost data: nothing but a lost device goes before it.
 _STATE_RANK = {"lost": 0, "late": 2, "quiet": 4, "offline": 5, "on-time": 6}
@@ -128,8 +130,8 @@ def rows_of(snapshot: FleetSnapshot) -> list[FleetRow]:
     return rows
 
 
-def page_of(rows: Sequence[FleetRow], query: Query) -> FleetPage:
-    """The rows that the query asks for. `rows` come worst first."""
+def page_of(rows: Sequence[FleetRow], query: Query, metric: Metric) -> FleetPage:
+    """The rows that the query asks for. `rows` come worst first; `metric` says which way scores are worse."""
     found = [row for row in rows if _wanted(row, query)]
     if query.sort == "name":
         found.sort(key=lambda row: row.overview.device)
@@ -137,8 +139,8 @@ def page_of(rows: Sequence[FleetRow], query: Query) -> FleetPage:
         found.sort(key=lambda row: -row.overview.rate_5m)
     elif query.sort == "samples":
         found.sort(key=lambda row: -row.overview.stored_samples)
-    elif query.sort == "accuracy":  # the worst device first; never measured last
-        found.sort(key=lambda row: 2.0 if row.overview.accuracy is None else row.overview.accuracy)
+    elif query.sort == "score":  # the worst device first; never measured last
+        found.sort(key=lambda row: math.inf if row.overview.score is None else metric.rank(row.overview.score))
     pages = max(1, -(-len(found) // PAGE_ROWS))
     page = min(query.page, pages)
     return FleetPage(tuple(found[(page - 1) * PAGE_ROWS : page * PAGE_ROWS]), len(found), page, pages)

@@ -10,9 +10,10 @@ from datetime import datetime, timezone
 
 from markupsafe import Markup
 
+from side_tuning.tasks import NOTHING, said_of
+
 _UNITS = (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1))
 _BYTES = ("B", "kB", "MB", "GB", "TB")
-NOTHING = "–"
 
 
 def span(seconds: float) -> str:
@@ -100,4 +101,5 @@ FILTERS = {
     "percent": percent,
     "number": number,
     "short": short,
+    "said_of": said_of,
 }

@@ -15,11 +15,13 @@ from coordinator.store.training import StoredCheckpoint, checkpoints
 from coordinator.store.views import (
     DeviceAccess,
     Measured,
-    accuracy_series,
     device_access,
     log_bytes,
     newest_run,
+    score_series,
+    task_of_run,
 )
+from side_tuning.tasks import METRICS, Metric
 
 STATES = ("lost", "late", "quiet", "offline", "on-time")
 PLOT_POINTS = 300
@@ -35,7 +37,8 @@ class FleetSnapshot:
     access: Mapping[str, DeviceAccess]  # by device, also of those that were never heard of
     programs: tuple[ProgramState, ...]  # by name
     run: str | None  # the newest training run
-    accuracy: tuple[Measured, ...]  # of that run over the whole fleet, oldest first
+    metric: Metric  # what that run's scores are
+    scores: tuple[Measured, ...]  # of that run over the whole fleet, oldest first
     checkpoints: tuple[StoredCheckpoint, ...]  # newest first
     log_bytes: int | None  # of SQLite's write-ahead log; None on PostgreSQL
     read_seconds: float  # how long reading took
@@ -68,7 +71,8 @@ def take_snapshot(store: Store, now: datetime, heartbeat_seconds: float, memory:
             access=device_access(session),
             programs=tuple(program_states(session).values()),
             run=run,
-            accuracy=() if run is None else tuple(accuracy_series(session, run, "fleet", limit=PLOT_POINTS)),
+            metric=METRICS[task_of_run(session, run)],
+            scores=() if run is None else tuple(score_series(session, run, "fleet", limit=PLOT_POINTS)),
             checkpoints=tuple(checkpoints(session)),
             log_bytes=log_bytes(session),
             read_seconds=time.perf_counter() - began,

@@ -1,4 +1,4 @@
-"""Training: loss and accuracy, whose samples it learns from, and which checkpoint runs where."""
+"""Training: loss and scores, whose samples it learns from, and which checkpoint runs where."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from coordinator.store.training import StoredCheckpoint
-from coordinator.store.views import Measured, accuracy_series, arrivals_by_device
+from coordinator.store.views import Measured, arrivals_by_device, score_series
 from dashboards.actions import folder_is_gone
 from dashboards.snapshot import FleetSnapshot
 from dashboards.view import View, view_of
@@ -67,17 +67,18 @@ def training_values(view: View, snapshot: FleetSnapshot) -> dict[str, Any]:
     worst: list[Measured] = []
     with view.access.reader().read() as session:
         if snapshot.run is not None:
-            backbone = accuracy_series(session, snapshot.run, "backbone", limit=POINTS * 4)
-            worst = accuracy_series(session, snapshot.run, "worst-device", limit=POINTS)
+            backbone = score_series(session, snapshot.run, "backbone", limit=POINTS * 4)
+            worst = score_series(session, snapshot.run, "worst-device", limit=POINTS)
         arrived = arrivals_by_device(session, snapshot.at - ARRIVALS_WINDOW)
     figures = {} if status is None else dict(status.status)
     return {
         "snapshot": snapshot,
+        "metric": snapshot.metric,
         "trainer": status,
         "alive": status is not None and snapshot.at - status.at < SILENT_AFTER,
         "figures": {name: value if isinstance(value, int | float) else None for name, value in figures.items()},
         "error": str(figures.get("error") or ""),
-        "newest": snapshot.accuracy[-1] if snapshot.accuracy else None,
+        "newest": snapshot.scores[-1] if snapshot.scores else None,
         "worst": {one.step: one for one in worst},
         "newest_worst": worst[-1] if worst else None,
         "names": sorted({one.name for one in backbone}),

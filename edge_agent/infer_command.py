@@ -1,4 +1,4 @@
-"""`edge-agent infer`: labels for a text or for a file's rows, with the accuracy where the rows carry labels."""
+"""`edge-agent infer`: labels for a text or for a file's rows, with the score where the rows carry labels."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ def label_file(settings: AgentSettings, path: Path, *, as_json: bool, with_predi
         "samples": sums.samples,
         "labelled": sums.labelled,
         "correct": sums.correct,
-        "accuracy": sums.correct / sums.labelled if sums.labelled else None,
+        "metric": "accuracy",
+        "score": sums.correct / sums.labelled if sums.labelled else None,
         "refused": sums.refused,
         "checkpoint": predictor.generation,
         "peak_rss_mb": round(peak_rss_bytes() / 2**20, 1),
@@ -77,8 +78,8 @@ def label_file(settings: AgentSettings, path: Path, *, as_json: bool, with_predi
         return
     for row in sums.predictions:
         typer.echo(f"{row['label']}  {row['probability']:.3f}  {row['text']}")
-    accuracy = "no row carries a label" if report["accuracy"] is None else f"{sums.correct} of {sums.labelled} right: {report['accuracy']:.2%}"
-    typer.echo(f"{sums.samples} samples, {accuracy}; {sums.refused} refused; checkpoint {predictor.generation}; peak memory {report['peak_rss_mb']} MB")
+    score = "no row carries a label" if report["score"] is None else f"{sums.correct} of {sums.labelled} right: {report['score']:.2%}"
+    typer.echo(f"{sums.samples} samples, {score}; {sums.refused} refused; checkpoint {predictor.generation}; peak memory {report['peak_rss_mb']} MB")
 
 
 def _label(predictor: Predictor, samples: list[Sample], sums: _Sums, *, keep: bool) -> None:

@@ -27,10 +27,10 @@ EXPORT_SECONDS = 3_600.0
 
 @dataclass(frozen=True)
 class Comparison:
-    """Held-out accuracies over all devices' test rows."""
+    """Held-out scores over all devices' test rows."""
 
-    centralised_accuracy: float
-    per_device_accuracy: float  # mean over the held-out samples of all devices, each by its own device's network
+    centralised_score: float
+    per_device_score: float  # mean over the held-out samples of all devices, each by its own device's network
 
 
 def compare(
@@ -84,7 +84,7 @@ def compare(
     central = train_centrally(train, held_out, settings, classes=classes, samples_drawn=samples_drawn, anchor_maps=anchor_maps)
     say("comparison: training one side network per device")
     alone = train_per_device(train, held_out, settings, classes=classes, anchor_maps=anchor_maps)
-    return Comparison(central.accuracy, alone.accuracy)
+    return Comparison(central.score, alone.score)
 
 
 def _export(device: DemoDevice, samples: int, plan_file: Path, folder: Path) -> Path:

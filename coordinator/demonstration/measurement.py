@@ -1,4 +1,4 @@
-"""What is measured when the fleet is at rest: accuracy on each device by the device, the gateway's speed, the comparisons."""
+"""What is measured when the fleet is at rest: the score on each device by the device, the gateway's speed, the comparisons."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from coordinator.demonstration.comparison import Comparison, compare
 from coordinator.demonstration.data import held_out_among
 from coordinator.demonstration.errors import DemoError
 from coordinator.demonstration.fleet import DemoDevice
-from coordinator.demonstration.observation import Observation, accuracy_at
+from coordinator.demonstration.observation import Observation, scores_at
 from coordinator.demonstration.processes import run_program
 from coordinator.demonstration.report import DeviceReport, FleetReport, Report
 from coordinator.demonstration.running import RunningFleet
 from coordinator.demonstration.throughput import measure_gateway
 from coordinator.demonstration.view import bytes_per_sample
 from coordinator.store.training import StoredEvaluation
+from side_tuning.tasks import METRICS
 
 INFERRING_SECONDS = 900.0
 _MIB = 2**20
@@ -31,7 +32,7 @@ _MIB = 2**20
 class OnDevice:
     """What `edge-agent infer --file` says of the device's held-out rows."""
 
-    accuracy: float
+    score: float
     checkpoint: int
     peak_rss_mb: float
 
@@ -100,19 +101,21 @@ def _measure_on_device(device: DemoDevice, rows_read: int) -> OnDevice | None:
         return None
     said = run_program(f"measuring {device.name}", [*program, "--file", str(held_out), "--json"], INFERRING_SECONDS)
     body = json.loads(said)
-    return OnDevice(float(body["accuracy"]), int(body["checkpoint"]), float(body["peak_rss_mb"]))
+    return OnDevice(float(body["score"]), int(body["checkpoint"]), float(body["peak_rss_mb"]))
 
 
 def _report(fleet: RunningFleet, seen: Observation, measured: Measured) -> Report:
     devices = [_device_report(fleet, seen, device, measured.on_device.get(device.name)) for device in fleet.devices]
     generation = max((one.checkpoint for one in measured.on_device.values()), default=seen.published.generation if seen.published else 0)
-    accuracy, by_device = accuracy_at(fleet.store, generation)
+    score, by_device = scores_at(fleet.store, generation)
     totals = seen.totals
+    metric = METRICS[fleet.settings.task.kind]
     peaks = [one.peak_rss_mb for one in devices if one.peak_rss_mb is not None]
     return Report(
         FleetReport(
-            accuracy=accuracy,
-            worst_device_accuracy=min(by_device.values(), default=None),
+            metric=metric.name,
+            score=score,
+            worst_device_score=min(by_device.values(), key=metric.rank, default=None),
             samples_stored=totals.samples_stored,
             frames_stored=totals.frames_stored,
             frames_rejected=totals.frames_rejected,
@@ -121,8 +124,8 @@ def _report(fleet: RunningFleet, seen: Observation, measured: Measured) -> Repor
             checkpoints_published=totals.checkpoints_published,
             ledger_balanced=totals.ledger.balanced,
             seconds=round(fleet.seconds, 1),
-            centralised_accuracy=measured.comparison.centralised_accuracy if measured.comparison else None,
-            per_device_accuracy=measured.comparison.per_device_accuracy if measured.comparison else None,
+            centralised_score=measured.comparison.centralised_score if measured.comparison else None,
+            per_device_score=measured.comparison.per_device_score if measured.comparison else None,
             gateway_frames_per_second=_rounded(measured.gateway_frames_per_second),
             training_samples_per_second=_rounded(_training_rate(seen.evaluations, fleet.settings.training.batch_size)),
             peak_rss_mb=max(peaks, default=None),
@@ -146,8 +149,8 @@ def _device_report(fleet: RunningFleet, seen: Observation, device: DemoDevice, o
         samples_produced=seen.produced(device.name),
         samples_stored=one.stored_samples if one is not None else 0,
         bytes_sent=health.bytes_sent if health is not None else 0,
-        accuracy=accuracy_at(fleet.store, checkpoint)[1].get(device.name),
-        on_device_accuracy=on_device.accuracy if on_device else None,
+        score=scores_at(fleet.store, checkpoint)[1].get(device.name),
+        on_device_score=on_device.score if on_device else None,
         peak_rss_mb=round(peak / _MIB, 1) if peak else None,
         start_up_seconds=_rounded(fleet.start_up_seconds.get(device.name)),
         checkpoint=checkpoint or None,

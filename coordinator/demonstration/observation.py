@@ -60,12 +60,12 @@ def observe(store: Store) -> Observation:
         )
 
 
-def accuracy_at(store: Store, generation: int) -> tuple[float | None, dict[str, float]]:
-    """Held-out accuracy of the fleet and of each device, measured by the trainer with the checkpoint `generation`."""
+def scores_at(store: Store, generation: int) -> tuple[float | None, dict[str, float]]:
+    """Held-out score of the fleet and of each device, measured by the trainer with the checkpoint `generation`."""
     with store.read() as session:
         found = next((one for one in checkpoints(session) if one.generation == generation), None)
         if found is None:
             return None, {}
         fleet = [one for one in evaluations(session, found.run) if one.step == found.step]
         devices = [one for one in evaluations(session, found.run, "device", limit=100_000) if one.step == found.step]
-    return fleet[-1].accuracy if fleet else None, {one.name: one.accuracy for one in devices}
+    return fleet[-1].score if fleet else None, {one.name: one.score for one in devices}

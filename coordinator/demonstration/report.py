@@ -9,7 +9,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from coordinator.demonstration.view import percent, size_words
+from coordinator.demonstration.view import size_words
+from side_tuning.tasks import METRICS, Metric
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class DeviceReport:
     samples_produced: int
     samples_stored: int
     bytes_sent: int
-    accuracy: float | None  # by the coordinator, on this device's held-out samples, with the checkpoint that the device uses
-    on_device_accuracy: float | None  # by the device itself, with the checkpoint that it received
+    score: float | None  # by the coordinator, on this device's held-out samples, with the checkpoint that the device uses
+    on_device_score: float | None  # by the device itself, with the checkpoint that it received
     peak_rss_mb: float | None
     start_up_seconds: float | None  # from starting the program to its first connection
     checkpoint: int | None
@@ -34,8 +35,9 @@ class DeviceReport:
 class FleetReport:
     """The whole fleet."""
 
-    accuracy: float | None
-    worst_device_accuracy: float | None
+    metric: str  # what the scores are: accuracy, correlation, bits per byte
+    score: float | None
+    worst_device_score: float | None
     samples_stored: int
     frames_stored: int
     frames_rejected: int
@@ -44,8 +46,8 @@ class FleetReport:
     checkpoints_published: int
     ledger_balanced: bool
     seconds: float
-    centralised_accuracy: float | None
-    per_device_accuracy: float | None
+    centralised_score: float | None
+    per_device_score: float | None
     gateway_frames_per_second: float | None
     training_samples_per_second: float | None
     peak_rss_mb: float | None
@@ -63,10 +65,11 @@ class Report:
 
 def print_report(report: Report, console: Console) -> None:
     """Two tables, at most 80 columns wide."""
+    metric = next(one for one in METRICS.values() if one.name == report.fleet.metric)
     table = Table(title="The devices", title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in ("device", "MiniLM"):
         table.add_column(name, no_wrap=True)
-    for name in ("produced", "stored", "sent", "accuracy", "on device", "memory"):
+    for name in ("produced", "stored", "sent", metric.name, "on device", "memory"):
         table.add_column(name, justify="right", no_wrap=True)
     for one in report.devices:
         table.add_row(
@@ -75,8 +78,8 @@ def print_report(report: Report, console: Console) -> None:
             f"{one.samples_produced:,}",
             f"{one.samples_stored:,}",
             size_words(one.bytes_sent),
-            percent(one.accuracy),
-            percent(one.on_device_accuracy),
+            _score(metric, one.score),
+            _score(metric, one.on_device_score),
             "" if one.peak_rss_mb is None else f"{one.peak_rss_mb:.0f} MB",
         )
     console.print(table)
@@ -85,10 +88,10 @@ def print_report(report: Report, console: Console) -> None:
     figures.add_column()
     figures.add_column(justify="right")
     rows: list[tuple[str, str]] = [
-        ("accuracy of the one shared side network", percent(fleet.accuracy)),
-        ("its accuracy on the worst device", percent(fleet.worst_device_accuracy)),
-        ("trained centrally, same taps in full precision", percent(fleet.centralised_accuracy)),
-        ("one network per device instead (mean)", percent(fleet.per_device_accuracy)),
+        (f"{metric.name} of the one shared side network", _score(metric, fleet.score)),
+        ("the same on the worst device", _score(metric, fleet.worst_device_score)),
+        ("trained centrally, same taps in full precision", _score(metric, fleet.centralised_score)),
+        ("one network per device instead (mean)", _score(metric, fleet.per_device_score)),
         ("samples stored", f"{fleet.samples_stored:,}"),
         ("frames stored, rejected, duplicates", f"{fleet.frames_stored:,}, {fleet.frames_rejected}, {fleet.duplicates}"),
         ("loss ledger", "balanced" if fleet.ledger_balanced else "DOES NOT BALANCE"),
@@ -105,6 +108,10 @@ def print_report(report: Report, console: Console) -> None:
         if value:
             figures.add_row(name, value)
     console.print(figures)
+
+
+def _score(metric: Metric, score: float | None) -> str:
+    return "" if score is None else metric.shown(score)
 
 
 def _number(value: float | None) -> str:

@@ -15,6 +15,7 @@ from typing_extensions import Self
 from coordinator.demonstration.fleet import DemoDevice
 from coordinator.demonstration.observation import Observation
 from coordinator.store.fleet import DeviceOverview
+from side_tuning.tasks import METRICS, Metric
 
 PLAIN_EVERY_SECONDS = 5.0
 _STATE_STYLES = {"on-time": "green", "late": "yellow", "quiet": "dim", "lost": "bold red", "offline": "red"}
@@ -66,10 +67,11 @@ class View:
 
 
 def device_table(devices: Sequence[DemoDevice], seen: Observation | None) -> Table:
+    metric = metric_of(seen)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("device", "backbone", "state"):
         table.add_column(name)
-    for name in ("samples/s", "spool", "stored", "sent", "checkpoint", "accuracy"):
+    for name in ("samples/s", "spool", "stored", "sent", "checkpoint", metric.name):
         table.add_column(name, justify="right")
     for device in devices:
         one = None if seen is None else seen.devices.get(device.name)
@@ -88,7 +90,7 @@ def device_table(devices: Sequence[DemoDevice], seen: Observation | None) -> Tab
             f"{one.stored_samples:,} / {device.samples:,}",
             "" if health is None else size_words(health.bytes_sent),
             str(health.checkpoint) if health is not None and health.checkpoint else "",
-            percent(one.accuracy),
+            "" if one.score is None else metric.shown(one.score),
         )
     return table
 
@@ -106,24 +108,25 @@ def fleet_line(header: str, seen: Observation | None) -> Text:
         line.append(f"ledger balanced, {books.missing:,} on their way; " if books.missing else "ledger balanced; ", "green")
     else:
         line.append(f"LEDGER DOES NOT BALANCE: {books.missing} of {books.produced} missing; ", "bold red")
-    line.append(f"step {seen.step:,}, {totals.checkpoints_published} checkpoints, accuracy ")
-    return line.append(percent(seen.evaluations[-1].accuracy) if seen.evaluations else "not measured yet", "bold")
+    line.append(f"step {seen.step:,}, {totals.checkpoints_published} checkpoints, ")
+    return line.append(metric_of(seen).said(seen.evaluations[-1].score) if seen.evaluations else "not measured yet", "bold")
 
 
 def _brief(device: DemoDevice, seen: Observation | None) -> str:
     one: DeviceOverview | None = None if seen is None else seen.devices.get(device.name)
     if one is None:
         return f"{device.name} starting"
-    accuracy = "" if one.accuracy is None else f" {percent(one.accuracy)}"
-    return f"{device.name} {one.state} {one.rate_1m:.1f}/s spool {one.ledger.spooled} stored {one.stored_samples}{accuracy}"
+    score = "" if seen is None or one.score is None else f" {metric_of(seen).shown(one.score)}"
+    return f"{device.name} {one.state} {one.rate_1m:.1f}/s spool {one.ledger.spooled} stored {one.stored_samples}{score}"
 
 
 def bytes_per_sample(seen: Observation) -> float:
     return seen.totals.bytes_stored / max(1, seen.totals.samples_stored)
 
 
-def percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.1%}"
+def metric_of(seen: Observation | None) -> Metric:
+    """What the fleet's scores are, by its tap plan."""
+    return METRICS["classification" if seen is None or seen.plan is None else seen.plan.task]
 
 
 def size_words(size: float) -> str:

@@ -25,7 +25,7 @@ from coordinator.store.errors import StoreError, StoreUnavailable
 logger = logging.getLogger(__name__)
 
 # The newest revision in migrations/versions. Revisions are numbers, so an older program can tell a newer schema.
-SCHEMA_REVISION = "0004"
+SCHEMA_REVISION = "0005"
 CURE = "run `coordinator database upgrade`"
 
 # What passes by itself or with some disk space: whatever was to be written is kept and tried again.

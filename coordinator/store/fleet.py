@@ -61,7 +61,7 @@ class DeviceOverview:
     health: Health | None
     heartbeat_at: datetime | None
     clock_offset_seconds: float | None
-    accuracy: float | None  # held-out, by the newest evaluation that has this device
+    score: float | None  # held-out, by the newest evaluation that has this device
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ class FleetMemory:
 
     health: dict[str, tuple[bytes, Health | None]] = field(default_factory=dict)
     spools: dict[str, tuple[list[Any], SpoolSums]] = field(default_factory=dict)
-    evaluation: int | None = None  # the newest that `accuracy` takes in
-    accuracy: dict[str, float] = field(default_factory=dict)
+    evaluation: int | None = None  # the newest that `scores` takes in
+    scores: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ def device_overview(
     memory = memory or FleetMemory()
     newest = session.scalar(select(func.max(Evaluation.id)))
     if newest != memory.evaluation:
-        memory.evaluation, memory.accuracy = newest, newest_accuracy(session)
-    accuracy = memory.accuracy
+        memory.evaluation, memory.scores = newest, newest_scores(session)
+    scores = memory.scores
     # Plain rows: with thousands of devices, making mapped objects of them takes longer than reading them.
     wanted = select(*Device.__table__.columns).order_by(Device.name)
     of_spools = select(*Spool.__table__.columns).order_by(Spool.id)
@@ -129,7 +129,7 @@ def device_overview(
     for spool in session.execute(of_spools):
         spools[spool.device_id].append(spool)
     devices = session.execute(wanted).all()
-    return [_overview(row, spools[row.id], accuracy.get(row.name), now, heartbeat_seconds, memory) for row in devices]
+    return [_overview(row, spools[row.id], scores.get(row.name), now, heartbeat_seconds, memory) for row in devices]
 
 
 def heard_devices(session: Session) -> set[str]:
@@ -202,7 +202,7 @@ def spool_ledger(spool: Spool) -> arrivals.Ledger:
 
 
 def _overview(  # noqa: PLR0917 - a row and what goes with it
-    row: Any, spools: list[Any], accuracy: float | None, now: datetime, heartbeat_seconds: float, memory: FleetMemory
+    row: Any, spools: list[Any], score: float | None, now: datetime, heartbeat_seconds: float, memory: FleetMemory
 ) -> DeviceOverview:
     seconds = to_seconds(now)
     expected = arrivals.expected_by(pace_of(row))
@@ -252,7 +252,7 @@ def _overview(  # noqa: PLR0917 - a row and what goes with it
         health=health,
         heartbeat_at=row.heartbeat_at,
         clock_offset_seconds=row.clock_offset_seconds,
-        accuracy=accuracy,
+        score=score,
     )
 
 
@@ -292,8 +292,8 @@ def _seconds(moment: datetime | None) -> float | None:
     return None if moment is None else to_seconds(moment)
 
 
-def newest_accuracy(session: Session) -> dict[str, float]:
-    """Held-out accuracy by device, from the newest evaluations of the newest run that has any."""
+def newest_scores(session: Session) -> dict[str, float]:
+    """Held-out score by device, from the newest evaluations of the newest run that has any."""
     newest = select(Evaluation.run_id).where(Evaluation.scope == "device").order_by(Evaluation.id.desc()).limit(1)
     run = session.scalar(newest)
     if run is None:
@@ -302,8 +302,8 @@ def newest_accuracy(session: Session) -> dict[str, float]:
     steps = select(Evaluation.step).where(Evaluation.run_id == run, Evaluation.scope == "fleet").distinct()
     lately = session.scalars(steps.order_by(Evaluation.step.desc()).limit(_RECENT_EVALUATIONS)).all()
     rows = session.execute(
-        select(Evaluation.name, Evaluation.accuracy)
+        select(Evaluation.name, Evaluation.score)
         .where(Evaluation.run_id == run, Evaluation.scope == "device", Evaluation.step >= min(lately, default=0))
         .order_by(Evaluation.step, Evaluation.id)
     )
-    return {name: accuracy for name, accuracy in rows}  # noqa: C416 - a Row is no pair to mypy
+    return {name: score for name, score in rows}  # noqa: C416 - a Row is no pair to mypy

@@ -300,7 +300,7 @@ class Evaluation(Base):
     step: Mapped[int]
     scope: Mapped[str] = mapped_column(String(16))
     name: Mapped[str] = mapped_column(String(64))
-    accuracy: Mapped[float]
+    score: Mapped[float]  # accuracy, or what else the run's task is judged by (side_tuning/tasks.py)
     loss: Mapped[float]
     samples: Mapped[int]
     at: Mapped[datetime]

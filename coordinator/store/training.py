@@ -59,7 +59,7 @@ class StoredEvaluation:
     step: int
     scope: Scope
     name: str
-    accuracy: float
+    score: float  # of the run's task (side_tuning/tasks.py)
     loss: float
     samples: int
     at: datetime
@@ -113,10 +113,10 @@ def insert_run(session: Session, run: str, settings: Mapping[str, Any], at: date
 
 
 def insert_evaluation(  # noqa: PLR0917 - one row, in the order of its columns
-    session: Session, run: str, step: int, scope: Scope, name: str, accuracy: float, loss: float, samples: int, at: datetime
+    session: Session, run: str, step: int, scope: Scope, name: str, score: float, loss: float, samples: int, at: datetime
 ) -> None:
     """Keep one held-out measurement; `name` is the device or fingerprint (for the fleet: "fleet")."""
-    row = Evaluation(run_id=_run_id(session, run), step=step, scope=scope, name=name, accuracy=accuracy, loss=loss, samples=samples, at=at)
+    row = Evaluation(run_id=_run_id(session, run), step=step, scope=scope, name=name, score=score, loss=loss, samples=samples, at=at)
     session.add(row)
     session.flush()
 
@@ -124,13 +124,13 @@ def insert_evaluation(  # noqa: PLR0917 - one row, in the order of its columns
 def evaluations(session: Session, run: str, scope: Scope = "fleet", limit: int = 1000) -> list[StoredEvaluation]:
     """The newest measurements of a run, oldest first."""
     rows = session.execute(
-        select(Evaluation.step, Evaluation.name, Evaluation.accuracy, Evaluation.loss, Evaluation.samples, Evaluation.at)
+        select(Evaluation.step, Evaluation.name, Evaluation.score, Evaluation.loss, Evaluation.samples, Evaluation.at)
         .where(Evaluation.run_id == _run_id(session, run), Evaluation.scope == scope)
         .order_by(Evaluation.step.desc(), Evaluation.id.desc())
         .limit(limit)
     )
     newest_first = [
-        StoredEvaluation(run, step, scope, name, accuracy, loss, samples, at) for step, name, accuracy, loss, samples, at in rows
+        StoredEvaluation(run, step, scope, name, score, loss, samples, at) for step, name, score, loss, samples, at in rows
     ]
     return newest_first[::-1]
 

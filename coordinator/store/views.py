@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import get_args
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
@@ -24,7 +25,7 @@ from coordinator.store.models import (
     Run,
     TapPlanRow,
 )
-from side_tuning.wire.messages import TapPlan
+from side_tuning.wire.messages import TapPlan, Task
 from side_tuning.wire.topics import FLEET
 
 
@@ -50,7 +51,7 @@ class Measured:
 
     step: int
     name: str
-    accuracy: float
+    score: float
     loss: float
     samples: int
     at: datetime
@@ -124,11 +125,17 @@ def newest_run(session: Session) -> str | None:
     return session.scalar(wanted.limit(1))
 
 
-def accuracy_series(session: Session, run: str, scope: str, *, name: str | None = None, limit: int = 500) -> list[Measured]:
+def task_of_run(session: Session, run: str | None) -> Task:
+    """What a run learns, and with that what its scores are; runs of before there were others classify."""
+    learns = (session.scalar(select(Run.settings).where(Run.name == run)) or {}).get("learns") or {}
+    return next((task for task in get_args(Task) if task == learns.get("task")), "classification")
+
+
+def score_series(session: Session, run: str, scope: str, *, name: str | None = None, limit: int = 500) -> list[Measured]:
     """The newest measurements of a run in one scope (and of one device or backbone), oldest first."""
     run_id = select(Run.id).where(Run.name == run).scalar_subquery()
     wanted = select(
-        Evaluation.step, Evaluation.name, Evaluation.accuracy, Evaluation.loss, Evaluation.samples, Evaluation.at
+        Evaluation.step, Evaluation.name, Evaluation.score, Evaluation.loss, Evaluation.samples, Evaluation.at
     ).where(Evaluation.run_id == run_id, Evaluation.scope == scope)
     if name is not None:
         wanted = wanted.where(Evaluation.name == name)

@@ -1,4 +1,4 @@
-"""Held-out accuracy with the averaged weights: fleet, per device, per backbone type, worst device.
+"""Held-out scores with the averaged weights: fleet, per device, per backbone type, worst device.
 
 It computes what the devices themselves would predict: same rounded weights, same quantized activations.
 """
@@ -13,6 +13,8 @@ import numpy as np
 from coordinator.store.training import Scope
 from coordinator.training.learner import Learner
 from coordinator.training.tap_cache import TapCache
+from side_tuning.tasks import METRICS
+from side_tuning.wire.messages import Task
 
 _ROWS_AT_A_TIME = 512
 _TOKEN_ROWS_AT_A_TIME = 32  # `sequence` mode: attention over padded tokens takes memory
@@ -24,12 +26,12 @@ class Measurement:
 
     scope: Scope
     name: str
-    accuracy: float
+    score: float  # of the task (side_tuning/tasks.py)
     loss: float  # cross entropy, nats per sample
     samples: int
 
 
-def evaluate(cache: TapCache, learner: Learner, largest: int) -> list[Measurement]:
+def evaluate(cache: TapCache, learner: Learner, largest: int, task: Task = "classification") -> list[Measurement]:
     """Measure on up to `largest` held-out samples, spread evenly over all; empty where there are none."""
     held_out = np.flatnonzero(cache.records["held_out"])
     if not len(held_out):
@@ -58,25 +60,26 @@ def evaluate(cache: TapCache, learner: Learner, largest: int) -> list[Measuremen
 
     devices = [measure("device", cache.devices[d], records["device"] == d) for d in np.unique(records["device"])]
     shards = [measure("backbone", cache.shards[s].fingerprint, records["shard"] == s) for s in np.unique(records["shard"])]
-    worst = min(devices, key=lambda device: (device.accuracy, device.name))
+    worst = min(devices, key=lambda device: (METRICS[task].rank(device.score), device.name))
     return [
         measure("fleet", "fleet", np.ones(len(held_out), bool)),
         *devices,
         *shards,
-        Measurement("worst-device", worst.name, worst.accuracy, worst.loss, worst.samples),
+        Measurement("worst-device", worst.name, worst.score, worst.loss, worst.samples),
     ]
 
 
-def metrics(measurements: Sequence[Measurement]) -> dict[str, float]:
-    """The headline figures that travel with a checkpoint."""
+def metrics(measurements: Sequence[Measurement], task: Task) -> dict[str, float]:
+    """The headline figures that travel with a checkpoint, by the names of the task's metric."""
+    name = METRICS[task].key
     found: dict[str, float] = {}
     for measurement in measurements:
         if measurement.scope == "fleet":
             found |= {
-                "accuracy": measurement.accuracy,
+                name: measurement.score,
                 "loss": measurement.loss,
                 "held_out_samples": float(measurement.samples),
             }
         if measurement.scope == "worst-device":
-            found["worst_device_accuracy"] = measurement.accuracy
+            found[f"worst_device_{name}"] = measurement.score
     return found

@@ -43,10 +43,10 @@ class Activations:
 
 @dataclass(frozen=True)
 class Score:
-    """Held-out accuracy of one way of training."""
+    """Held-out scores of one way of training."""
 
-    accuracy: float
-    worst_device_accuracy: float
+    score: float
+    worst_device_score: float
     by_device: Mapping[str, float]
     steps: int
 
@@ -84,19 +84,18 @@ def train_per_device(
     anchor_maps: AnchorMaps = MappingProxyType({}),
 ) -> Score:
     """One side network per device, trained on its own samples only and scored on that device's held-out samples."""
-    correct: dict[str, float] = {}
+    found: dict[str, float] = {}
     samples: dict[str, int] = {}
     total_steps = 0
     for own in train:
         own_held_out = [group for group in held_out if group.device == own.device]
         learner, steps = _train([own], settings, classes=classes, samples_drawn=None, anchor_maps=anchor_maps)
         total_steps += steps
-        score = _score(learner, own_held_out, steps)
-        correct[own.device] = score.accuracy
+        found[own.device] = _score(learner, own_held_out, steps).score
         samples[own.device] = sum(len(group.labels) for group in own_held_out)
-    weights = np.array([samples[device] for device in correct], np.float64)
-    accuracy = float(np.average(list(correct.values()), weights=weights))
-    return Score(accuracy, min(correct.values()), correct, total_steps)
+    weights = np.array([samples[device] for device in found], np.float64)
+    mean = float(np.average(list(found.values()), weights=weights))
+    return Score(mean, min(found.values()), found, total_steps)
 
 
 def _train(

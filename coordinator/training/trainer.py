@@ -37,6 +37,7 @@ from coordinator.training.take_in import SAMPLES_AT_A_TIME, take_in
 from coordinator.training.tap_cache import TapCache
 from coordinator.training.troubles import Troubles
 from side_tuning.network.anchor_map import AnchorMap
+from side_tuning.tasks import METRICS
 from side_tuning.wire.messages import TapPlan
 
 log = logging.getLogger(__name__)
@@ -320,19 +321,20 @@ def _evaluation_due(training: Training, *, settled: bool, seconds: float, settin
 
 
 def _evaluate(training: Training, store: Store, settings: CoordinatorSettings, now: Now) -> None:
-    training.measurements = evaluate(training.cache, training.learner, settings.training.evaluate_samples)
+    training.measurements = evaluate(training.cache, training.learner, settings.training.evaluate_samples, training.plan.task)
     training.measured = (training.step, training.seen)
     at = now()
     try:
         with store.write() as session:
             for m in training.measurements:
-                insert_evaluation(session, training.run.name, training.step, m.scope, m.name, m.accuracy, m.loss, m.samples, at)
+                insert_evaluation(session, training.run.name, training.step, m.scope, m.name, m.score, m.loss, m.samples, at)
     except StoreUnavailable as error:
         training.troubles.note("evaluations cannot be stored", error)
     else:
         training.troubles.over("evaluations cannot be stored")
-    figures = metrics(training.measurements)
-    said = "accuracy {accuracy:.3f}, worst device {worst_device_accuracy:.3f}".format(**figures) if figures else "no held-out samples"
+    scores = {m.scope: m.score for m in training.measurements}
+    metric = METRICS[training.plan.task]
+    said = f"{metric.said(scores['fleet'])}, worst device {metric.shown(scores['worst-device'])}" if scores else "no held-out samples"
     log.info("step %d: %d train samples, %s", training.step, training.sampler.samples, said)
 
 
@@ -350,7 +352,7 @@ def checkpoint_due(step: int, saved_step: int, *, settled: bool, seconds: float,
 def _save(training: Training, store: Store, settings: CoordinatorSettings, now: Now) -> None:
     if training.measured != (training.step, training.seen):
         _evaluate(training, store, settings, now)
-    figures = {**metrics(training.measurements), "train_samples": float(training.sampler.samples)}
+    figures = {**metrics(training.measurements, training.plan.task), "train_samples": float(training.sampler.samples)}
     folder = settings.checkpoints_directory / training.run.name
     try:
         save_checkpoint(

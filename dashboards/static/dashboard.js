@@ -79,7 +79,7 @@
     const axis = { stroke: text, grid: { stroke: line, width: 1 }, ticks: { stroke: line, width: 1 } };
     const plot = new uPlot({
       width, height: 220,
-      scales: percent ? { y: { range: (_, low, high) => [Math.max(0, Math.floor((low - 0.02) * 20) / 20), Math.min(1, Math.ceil((high + 0.02) * 20) / 20)] } } : { y: { range: (_, low, high) => [0, (high || 1) * 1.1] } },
+      scales: percent ? { y: { range: (_, low, high) => [Math.max(0, Math.floor((low - 0.02) * 20) / 20), Math.min(1, Math.ceil((high + 0.02) * 20) / 20)] } } : { y: { range: (_, low, high) => [Math.min(0, low * 1.1), (high || 1) * 1.1] } },
       tzDate: (seconds) => uPlot.tzDate(new Date(seconds * 1000), "Etc/UTC"),
       axes: [{ ...axis, values: clock }, { ...axis, size: 62, values: (_, ticks) => ticks.map((tick) => (percent ? `${Math.round(tick * 100)} %` : show(tick))) }],
       series: [{ label: "UTC", value: (_, value) => (value == null ? "–" : utc(value).slice(5, 19).replace("T", " ")) }, ...names.map((name, n) => ({

@@ -213,7 +213,7 @@ def test_without_javascript_every_page_is_complete(browser, place):
     with page_in(browser, java_script_enabled=False) as page:
         page.goto(place + "/")
         expect(page.locator('tr[data-row="kitchen"]')).to_be_visible()
-        expect(page.locator("[data-fragment=accuracy] table tbody tr").first).to_be_visible()
+        expect(page.locator("[data-fragment=scores] table tbody tr").first).to_be_visible()
         page.get_by_role("searchbox").fill("KITCH")
         page.get_by_role("button", name="Show").click()
         assert "name=KITCH" in page.url

@@ -38,13 +38,13 @@ def viewer(url: str) -> Iterator[Iterator[dict[str, str]]]:
 def test_a_viewer_gets_everything_first_and_then_what_changes(settings, store):
     with serving(settings) as (place, _), viewer(f"{place}/live/fleet") as events:
         first = next(events)
-        assert {"totals", "accuracy", "pager", "absent", "order:devices", "row:kitchen", "row:attic", "row:garage"} == set(first)
+        assert {"totals", "scores", "pager", "absent", "order:devices", "row:kitchen", "row:attic", "row:garage"} == set(first)
         send(store, "newcomer", 1)
         changed: dict[str, str] = {}
         while "row:newcomer" not in changed:
             changed |= next(events)
         assert "row:newcomer" in changed["order:devices"].split("\n")
-        assert "accuracy" not in changed  # nothing was measured
+        assert "scores" not in changed  # nothing was measured
 
 
 def test_a_page_gets_only_what_its_query_asks_for(settings, store):

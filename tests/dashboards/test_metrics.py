@@ -63,7 +63,7 @@ def test_an_empty_store_has_metrics_too(settings: CoordinatorSettings, store: St
     found = values(families_of(settings, store))
     assert found["mobillm_devices", "on-time"] == 0
     assert found["mobillm_samples_stored_total",] == 0
-    assert ("mobillm_accuracy_ratio",) not in found
+    assert ("mobillm_score", "accuracy") not in found
 
 
 def test_every_figure_of_a_fleet(settings: CoordinatorSettings, store: Store):
@@ -78,8 +78,8 @@ def test_every_figure_of_a_fleet(settings: CoordinatorSettings, store: Store):
         ("mobillm_frames_rejected",): 1,
         ("mobillm_frames_duplicate_total",): 1,
         ("mobillm_backbones",): 1,
-        ("mobillm_accuracy_ratio",): 0.75,
-        ("mobillm_worst_device_accuracy_ratio", "attic"): 0.7,
+        ("mobillm_score", "accuracy"): 0.75,
+        ("mobillm_worst_device_score", "attic", "accuracy"): 0.7,
         ("mobillm_gateway_connected",): 1,
         ("mobillm_gateway_oldest_uncommitted_seconds",): 0,
         ("mobillm_program_last_beat_timestamp_seconds", "gateway"): START.timestamp(),
@@ -94,7 +94,7 @@ def test_every_figure_of_a_fleet(settings: CoordinatorSettings, store: Store):
         ("mobillm_device_paused", "attic"): 1,
         ("mobillm_device_state", "cellar", "lost"): 1,
         ("mobillm_device_state", "cellar", "on-time"): 0,
-        ("mobillm_device_accuracy_ratio", "kitchen"): 0.8,
+        ("mobillm_device_score", "kitchen", "accuracy"): 0.8,
         ("mobillm_device_temperature_celsius", "kitchen"): 51.5,
         ("mobillm_device_certificate_lifetime_seconds", "kitchen"): 10 * 86_400,
     }

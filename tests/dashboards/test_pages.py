@@ -129,6 +129,22 @@ def test_training_shows_accuracy_shares_and_who_runs_which_checkpoint(client, st
     assert f'data-mark="{generation}"' in page
 
 
+def test_pages_of_a_language_model_speak_of_bits_per_byte_and_the_highest_is_worst(client, store):
+    with store.write() as session:
+        insert_run(session, "run-2", {"learns": {"task": "causal-lm"}}, now())
+        for scope, name, score in (("fleet", "fleet", 2.41), ("device", "kitchen", 3.5), ("device", "attic", 1.25), ("worst-device", "kitchen", 3.5)):
+            insert_evaluation(session, "run-2", 10, scope, name, score, 1.7, 40, now())
+        mark_published(session, insert_checkpoint(session, "run-2", 10, "/nowhere", {"bits_per_byte": 2.41}, now()), now())
+    page = client.get("/?sort=score").text
+    assert "Bits per byte over time" in page
+    assert page.index('href="/devices/kitchen"') < page.index('href="/devices/attic"'), "the highest is the worst"
+    page = client.get("/training").text
+    assert "2.41 bits per byte" in page, "of the checkpoint"
+    assert "3.50" in page
+    assert "accuracy" not in page.lower()
+    assert "1.25" in client.get("/devices/attic").text
+
+
 def test_pages_are_complete_before_anything_happened(client):
     for path in ("/training", "/rejections", "/audit", "/login"):
         assert client.get(path).status_code == 200

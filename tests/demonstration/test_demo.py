@@ -18,11 +18,11 @@ from tests.brokers import needs_mosquitto
 from tests.waiting import wait_until
 
 FLEET_FIGURES = {
-    "accuracy", "worst_device_accuracy", "samples_stored", "frames_stored", "frames_rejected", "duplicates", "bytes_per_sample",
+    "metric", "score", "worst_device_score", "samples_stored", "frames_stored", "frames_rejected", "duplicates", "bytes_per_sample",
     "checkpoints_published", "ledger_balanced", "seconds",
 }  # fmt: skip
 DEVICE_FIGURES = {
-    "device", "backbone", "layers", "weights", "samples_produced", "samples_stored", "bytes_sent", "accuracy", "on_device_accuracy",
+    "device", "backbone", "layers", "weights", "samples_produced", "samples_stored", "bytes_sent", "score", "on_device_score",
     "peak_rss_mb",
 }  # fmt: skip
 
@@ -66,18 +66,18 @@ def test_a_fleet_learns_and_every_device_measures_what_the_coordinator_measured(
     assert (fleet["samples_stored"], fleet["frames_rejected"]) == (1280, 0)  # of 1,400 rows 120 are set aside as anchors
     assert 300 < fleet["bytes_per_sample"] < 700
     assert fleet["checkpoints_published"] >= 1
-    assert fleet["accuracy"] > 0.4  # a guess is right 5 % of the time
-    assert fleet["worst_device_accuracy"] == min(device["accuracy"] for device in devices)
+    assert fleet["score"] > 0.4  # a guess is right 5 % of the time
+    assert fleet["worst_device_score"] == min(device["score"] for device in devices)
     if broker == "embedded":
         assert fleet["gateway_frames_per_second"] > 10
-        assert abs(fleet["accuracy"] - fleet["centralised_accuracy"]) < 0.1
-        assert fleet["per_device_accuracy"] > 0.3
+        assert abs(fleet["score"] - fleet["centralised_score"]) < 0.1
+        assert fleet["per_device_score"] > 0.3
 
     assert [(device["layers"], device["weights"]) for device in devices] == [(6, "int8"), (4, "int8"), (3, "int4")]
     for device in devices:
         assert set(device) >= DEVICE_FIGURES
         assert device["samples_produced"] == device["samples_stored"] > 0
-        assert abs(device["on_device_accuracy"] - device["accuracy"]) <= 0.005
+        assert abs(device["on_device_score"] - device["score"]) <= 0.005
         assert device["bytes_sent"] > 100_000
         assert 50 < device["peak_rss_mb"] < 1500
     assert "loses its power" in said

@@ -195,7 +195,7 @@ def test_infer_labels_a_text_and_a_file(tmp_path: Path, minilm: Path, signing_ke
     assert (report["samples"], report["labelled"], report["refused"], report["checkpoint"]) == (91, 90, 3, 3)
     right = sum(p["label"] == p["expected"] for p in report["predictions"])
     assert report["correct"] == right
-    assert report["accuracy"] == pytest.approx(right / 90)
+    assert report["score"] == pytest.approx(right / 90)
     assert report["peak_rss_mb"] > 50
     assert f"{texts}:91" in done.stderr
     assert "unheard of" in done.stderr

@@ -89,4 +89,4 @@ def test_a_look_with_a_memory_sees_what_a_first_look_sees(store: Store):
         insert_evaluation(session, "run", 10, "device", "kitchen", 0.75, 0.5, 4, after(63))
     remembered, fresh = both()
     assert remembered == fresh
-    assert next(one for one in fresh if one.device == "kitchen").accuracy == 0.75
+    assert next(one for one in fresh if one.device == "kitchen").score == 0.75

@@ -14,7 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, Integer, MetaData, create_engine, insert, inspect, select, text
+from sqlalchemy import (
+    ColumnClause,
+    Connection,
+    Integer,
+    MetaData,
+    column,
+    create_engine,
+    insert,
+    inspect,
+    select,
+    text,
+)
+from sqlalchemy import table as sql_table
 
 from coordinator.store.engine import SCHEMA_REVISION, open_store, parse_url, schema_revision
 from coordinator.store.first_steps import beginning_of
@@ -33,6 +45,7 @@ GOLDEN = Path(__file__).parent / "golden"
 SCHEMAS = {path.stem.removeprefix("schema-"): path for path in sorted(GOLDEN.glob("schema-*.sql"))}
 
 Rows = dict[str, list[tuple[Any, ...]]]
+RENAMED = {"accuracy": "score"}  # columns, old name -> today's
 
 
 @contextmanager
@@ -65,19 +78,27 @@ def fill_postgresql(url: str, dump: Path, revision: str, tmp_path: Path) -> None
             if table.name == "alembic_version":
                 continue
             typed = Base.metadata.tables[table.name]
-            rows = source.execute(select(*(typed.c[column.name] for column in table.columns))).mappings().all()
-            target.execute(insert(typed), [dict(row) for row in rows])
+            wanted = [typed_column(table.name, c.name) for c in table.columns]
+            rows = source.execute(select(*wanted).select_from(table)).mappings().all()
+            target.execute(insert(sql_table(table.name, *(typed_column(table.name, c.name) for c in table.columns))), [dict(row) for row in rows])
             if "id" in table.columns and isinstance(typed.c.id.type, Integer):  # as if it had numbered them itself
                 target.execute(text(f"SELECT setval(pg_get_serial_sequence('{table.name}', 'id'), (SELECT max(id) FROM {table.name}))"))
 
 
 def all_rows(url: str, columns: dict[str, list[str]]) -> Rows:
     """What the given columns hold, read with the types that the programs use now."""
+    there = columns_of(url)
     with connected(url) as connection:
-        return {
-            name: sorted((tuple(map(str, row)) for row in connection.execute(select(*(Base.metadata.tables[name].c[c] for c in wanted)))), key=str)
-            for name, wanted in columns.items()
-        }
+        found: Rows = {}
+        for name, wanted in columns.items():
+            typed = [typed_column(name, c if c in there[name] else RENAMED[c]) for c in wanted]
+            found[name] = sorted((tuple(map(str, row)) for row in connection.execute(select(*typed).select_from(sql_table(name)))), key=str)
+        return found
+
+
+def typed_column(table: str, name: str) -> ColumnClause[Any]:
+    """A column by the name that it has in the database, with the type that the programs use now."""
+    return column(name, Base.metadata.tables[table].c[RENAMED.get(name, name)].type)
 
 
 def columns_of(url: str) -> dict[str, list[str]]:

@@ -32,7 +32,7 @@ def test_a_run_begins_once(store: Store):
         assert not insert_run(session, "first", {"seed": 2}, START)
 
 
-def test_the_newest_accuracy_of_each_device_is_shown(store: Store):
+def test_the_newest_scores_of_each_device_is_shown(store: Store):
     with store.write() as session:
         insert_frames(session, [received(make_frame(name)) for name in ("kitchen", "attic", "cellar")])
         for run in ("old", "new"):
@@ -43,8 +43,8 @@ def test_the_newest_accuracy_of_each_device_is_shown(store: Store):
             insert_evaluation(session, "new", step, "fleet", "fleet", accuracy, 0.5, 30, after(step))
         insert_evaluation(session, "new", 10, "device", "attic", 0.25, 0.5, 10, after(10))
     with store.read() as session:
-        assert {d.device: d.accuracy for d in device_overview(session, START)} == {"kitchen": 0.75, "attic": 0.25, "cellar": None}
-        assert [(e.step, e.accuracy) for e in evaluations(session, "new")] == [(10, 0.5), (20, 0.75)]
+        assert {d.device: d.score for d in device_overview(session, START)} == {"kitchen": 0.75, "attic": 0.25, "cellar": None}
+        assert [(e.step, e.score) for e in evaluations(session, "new")] == [(10, 0.5), (20, 0.75)]
 
 
 def test_checkpoints_are_offered_published_and_rolled_back(store: Store):

@@ -246,7 +246,7 @@ def test_anchors_let_unlike_backbones_teach_each_other_classes_that_they_lack(
     knobs = TrainingSettings(side_width=64, batch_size=64, replay_ratio=15)
 
     def accuracy(maps: AnchorMaps) -> float:
-        return train_centrally(train, held_out, knobs, classes=classes, anchor_maps=maps).accuracy
+        return train_centrally(train, held_out, knobs, classes=classes, anchor_maps=maps).score
 
     fitted = {fingerprint: anchor_map for fingerprint in artifacts if (anchor_map := anchors.fit(fingerprint))}
     without, with_anchors = accuracy({}), accuracy(fitted)

@@ -233,12 +233,12 @@ def test_the_loop_learns_evaluates_and_offers_what_devices_can_use(store: Store,
         by_device = [e for e in evaluations(session, newest.run, "device") if e.step == fleet.step]
         by_backbone = {e.name for e in evaluations(session, newest.run, "backbone")}
         worst = evaluations(session, newest.run, "worst-device")[-1]
-    assert fleet.accuracy > 0.9
+    assert fleet.score > 0.9
     assert {e.name for e in by_device} == {"attic", "barn", "cellar", "den"}
     assert by_backbone == {SHALLOW, DEEP}
-    assert worst.accuracy == min(e.accuracy for e in by_device)
+    assert worst.score == min(e.score for e in by_device)
     assert worst.name in {e.name for e in by_device}
-    assert newest.metrics["accuracy"] == fleet.accuracy
+    assert newest.metrics["accuracy"] == fleet.score
     assert len(saved_steps(Path(newest.folder).parent)) <= chosen.training.keep_checkpoints
 
     # A device that loads the files predicts what the coordinator measured.
@@ -253,7 +253,7 @@ def test_the_loop_learns_evaluates_and_offers_what_devices_can_use(store: Store,
     for rows in resumed.cache.gather(held_out):
         alignment = load_alignment(folder / f"alignment-{rows.fingerprint}.safetensors")
         correct += int((predict_logits(alignment, ladder, rows.inputs, rows.mask).argmax(1) == rows.labels).sum())
-    assert correct / len(held_out) == fleet.accuracy
+    assert correct / len(held_out) == fleet.score
 
 
 @pytest.mark.parametrize(
@@ -395,4 +395,4 @@ def test_evaluation_can_be_limited_to_an_even_choice(store: Store, tmp_path: Pat
     assert {m.name for m in limited if m.scope == "device"} == {"attic", "barn", "cellar", "den"}
     whole = evaluate(training.cache, training.learner, 10_000)
     assert whole[0].samples == 40
-    assert np.isclose(whole[0].accuracy, np.average([m.accuracy for m in whole if m.scope == "device"], weights=[m.samples for m in whole if m.scope == "device"]))
+    assert np.isclose(whole[0].score, np.average([m.score for m in whole if m.scope == "device"], weights=[m.samples for m in whole if m.scope == "device"]))
