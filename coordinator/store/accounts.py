@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -11,6 +11,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from coordinator import arrivals
+from coordinator.store.counts import AnyDevice, AnySpool, DeviceCounts, SpoolCounts, read_devices, read_spools
 from coordinator.store.models import Device, FramePart, FrameRow, Rejection, Spool
 
 # Rows looked at in one step when a gap closes. Each row beyond a gap is walked over once in its life.
@@ -35,7 +36,7 @@ def open_devices(session: Session, names: Iterable[str], seen_at: datetime) -> d
     return devices
 
 
-def open_spools(session: Session, devices: dict[str, Device], keys: Iterable[tuple[str, str]], seen_at: datetime) -> dict[tuple[str, str], Spool]:
+def open_spools(session: Session, devices: Mapping[str, AnyDevice], keys: Iterable[tuple[str, str]], seen_at: datetime) -> dict[tuple[str, str], Spool]:
     """The rows of these (device, spool) pairs, made where missing; `devices` holds every device named."""
     wanted = set(keys)
     names = {device.id: name for name, device in devices.items()}
@@ -47,6 +48,29 @@ def open_spools(session: Session, devices: dict[str, Device], keys: Iterable[tup
         session.add(spools[name, spool])
     session.flush()
     return spools
+
+
+def open_counts(
+    session: Session, names: Iterable[str], keys: Iterable[tuple[str, str]], seen_at: datetime
+) -> tuple[dict[str, DeviceCounts], dict[tuple[str, str], SpoolCounts]]:
+    """The same rows as plain columns, made where missing: of these devices, and of these (device, spool) pairs of theirs."""
+    session.flush()
+    wanted_names, wanted = set(names), set(keys)
+    devices = read_devices(session, wanted_names)
+    if new := wanted_names - devices.keys():
+        open_devices(session, new, seen_at)
+        devices |= read_devices(session, new)
+    by_id = {device.id: name for name, device in devices.items()}
+
+    def found() -> dict[tuple[str, str], SpoolCounts]:
+        some = read_spools(session, {devices[name].id for name, _ in wanted})
+        return {key: one for one in some if (key := (by_id[one.device_id], one.spool)) in wanted}
+
+    spools = found()
+    if missing := wanted - spools.keys():
+        open_spools(session, devices, missing, seen_at)
+        spools = found()
+    return devices, spools
 
 
 def spans_beyond(session: Session, spool_id: int, through: int, limit: int) -> Sequence[tuple[int, int]]:
@@ -67,7 +91,7 @@ def spans_beyond(session: Session, spool_id: int, through: int, limit: int) -> S
     return [(sequence, span) for sequence, span in session.execute(ordered)]
 
 
-def advance_spool(session: Session, spool: Spool, fresh: Iterable[tuple[int, int]]) -> None:
+def advance_spool(session: Session, spool: AnySpool, fresh: Iterable[tuple[int, int]]) -> None:
     """Move `stored_through` on over `fresh` (the spans that have just come in) and over what lay waiting beyond them.
 
     Costs nothing while frames come in order. A gap is looked into only when its first sequence comes in, so a spool

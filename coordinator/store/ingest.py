@@ -11,26 +11,29 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache
-from itertools import chain
 from typing import Literal
 
 from sqlalchemy import func, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from coordinator import arrivals
-from coordinator.store.accounts import advance_spool, insert_into, open_devices, open_spools
+from coordinator.store.accounts import advance_spool, insert_into, open_counts
+from coordinator.store.counts import AnyDevice, AnySpool, DeviceCounts, SpoolCounts, write_counts
 from coordinator.store.errors import StoreError
 from coordinator.store.health import record_health
-from coordinator.store.models import ArrivalMinute, Device, FrameBody, FrameRow, Rejection, SampleRow, Spool
+from coordinator.store.models import ArrivalMinute, Device, FrameRow, Rejection, SampleRow, Spool
 from coordinator.store.parts import WholeFrame, keep_parts
 from coordinator.store.receipts import receipts_for
 from coordinator.store.rejections import RejectedMessage, has_identity, insert_rejection, keep_rejected
+from coordinator.store.statements import bind_moment, insert_rows
 from coordinator.store.timestamps import from_seconds, to_seconds
 from side_tuning.wire.frame import Frame, Part
 
-# 7 values a row; SQLite takes 32766 in a statement. Few different sizes, so that the driver keeps them prepared.
-_ROWS_A_STATEMENT = 512
+_FRAME_COLUMNS = (
+    "spool_id", "sequence", "span", "received_at", "captured_at", "payload_bytes", "samples", "produced", "backbone", "plan_version", "mode", "has_body",
+)  # fmt: skip
+_SAMPLE_COLUMNS = ("frame_id", "position", "device_id", "sample_id", "label", "split", "tokens")
+_LAST_ROWS = "SELECT (SELECT coalesce(max(id), 0) FROM frames), (SELECT coalesce(max(id), 0) FROM samples)"
 
 Outcome = Literal["stored", "duplicate", "rejected", "part"]
 # Why a frame must not be accepted, or None. The gateway's rules (registered backbone, known plan, shapes).
@@ -70,8 +73,9 @@ def insert_frames(session: Session, batch: Sequence[ReceivedFrame], check: Frame
         return []
     first_at = min(item.received_at for item in batch)
     named = [item for item in batch if has_identity(*_identity(item))]
-    devices = open_devices(session, (item.device for item in batch), first_at)
-    spools = open_spools(session, devices, ((item.device, str(_identity(item)[0])) for item in named), first_at)
+    devices, spools = open_counts(
+        session, (item.device for item in batch), ((item.device, str(_identity(item)[0])) for item in named), first_at
+    )
     work = _Batch(session, devices, spools, batch)
 
     work.store_whole([place for place, item in enumerate(batch) if isinstance(item.frame, Frame) and item.reason is None])
@@ -85,9 +89,12 @@ def accept_rejected(session: Session, rejection_id: int, frame: Frame) -> FrameO
     rejection = session.get_one(Rejection, rejection_id)
     if rejection.payload is None:
         raise StoreError(f"rejection {rejection_id} has no payload any more: retention dropped it, the frame cannot be tried again")
-    device = session.get_one(Device, rejection.device_id)
-    item = ReceivedFrame(device.name, rejection.topic, rejection.payload, rejection.received_at, frame, None, frame.spool, frame.sequence)
-    spool = None if rejection.spool_id is None else session.get_one(Spool, rejection.spool_id)
+    name = session.scalars(select(Device.name).where(Device.id == rejection.device_id)).one()
+    was = None if rejection.spool_id is None else session.scalars(select(Spool.spool).where(Spool.id == rejection.spool_id)).one()
+    named = {(name, one) for one in (was, frame.spool) if one is not None}
+    devices, spools = open_counts(session, [name], named, rejection.received_at)
+    device, spool = devices[name], None if was is None else spools[name, was]
+    item = ReceivedFrame(name, rejection.topic, rejection.payload, rejection.received_at, frame, None, frame.spool, frame.sequence)
     if spool is None:
         device.unattributed_rejections -= 1
     else:
@@ -102,8 +109,6 @@ def accept_rejected(session: Session, rejection_id: int, frame: Frame) -> FrameO
     span = rejection.span
     session.delete(rejection)
     session.flush()
-    devices = {device.name: device}
-    spools = open_spools(session, devices, [(device.name, frame.spool)], rejection.received_at)
     work = _Batch(session, devices, spools, [item], counts_as_arrival=False)
     work.store_whole([0], span=span)
     return work.finish()[0]
@@ -115,29 +120,21 @@ def _identity(item: ReceivedFrame) -> tuple[str | None, int | None]:
     return item.spool, item.sequence
 
 
-@cache
-def _insert_samples_sql(mark: str, rows: int) -> str:
-    row = f"({', '.join([mark] * 7)})"
-    return (
-        "INSERT INTO samples (frame_id, position, device_id, sample_id, label, split, tokens) "  # noqa: S608 - no input in it
-        f"VALUES {', '.join([row] * rows)} ON CONFLICT (device_id, sample_id) DO NOTHING"
-    )
-
-
 class _Batch:
     """The state of one `insert_frames` call: rows it works on, outcomes so far, and what moves the counters."""
 
     def __init__(
         self,
         session: Session,
-        devices: dict[str, Device],
-        spools: dict[tuple[str, str], Spool],
+        devices: dict[str, DeviceCounts],
+        spools: dict[tuple[str, str], SpoolCounts],
         batch: Sequence[ReceivedFrame],
         *,
         counts_as_arrival: bool = True,
     ) -> None:
         self.counts_as_arrival = counts_as_arrival
         self.session = session
+        self.bind = bind_moment(session)
         self.devices = devices
         self.spools = spools
         self.batch = batch
@@ -145,7 +142,7 @@ class _Batch:
         self.fresh: dict[int, list[tuple[int, int]]] = defaultdict(list)  # spool id -> spans that came in
         self.minutes: dict[tuple[int, datetime], dict[str, int]] = {}
 
-    def spool_of(self, item: ReceivedFrame) -> Spool | None:
+    def spool_of(self, item: ReceivedFrame) -> SpoolCounts | None:
         spool, sequence = _identity(item)
         return self.spools[item.device, str(spool)] if has_identity(spool, sequence) else None
 
@@ -164,7 +161,7 @@ class _Batch:
         """Parts, and the frames that they complete."""
         if not places:
             return
-        spools: dict[int, Spool] = {}
+        spools: dict[int, SpoolCounts] = {}
         for place in places:
             spool = self.spool_of(self.batch[place])
             assert spool is not None
@@ -229,6 +226,9 @@ class _Batch:
         for spool_id, spans in self.fresh.items():
             advance_spool(self.session, by_id[spool_id], spans)
         self.session.flush()
+        write_counts(self.session, list(self.devices.values()))
+        write_counts(self.session, list(self.spools.values()))
+        self.session.expire_all()  # mapped rows of the same devices, read before, are old now
         if self.minutes:
             insert = insert_into(self.session, ArrivalMinute)
             counts = ("frames", "samples", "payload_bytes", "duplicates", "rejected")
@@ -249,10 +249,13 @@ class _Batch:
                 new[key] = place
         if not new:
             return
-        insert = insert_into(self.session, FrameRow).on_conflict_do_nothing(index_elements=["spool_id", "sequence"])
-        inserted = self.session.execute(
-            insert.returning(FrameRow.id, FrameRow.spool_id, FrameRow.sequence),
-            [_frame_row(frames[place]) for place in new.values()],
+        # There is one writer, so every row above these is ours: short ranges instead of an answer for each row.
+        last_frame, last_sample = self.session.connection().exec_driver_sql(_LAST_ROWS).one()
+        rows = [self._frame_row(frames[place]) for place in new.values()]
+        insert_rows(self.session, "frames", _FRAME_COLUMNS, rows, conflict="ON CONFLICT (spool_id, sequence) DO NOTHING")
+        table = FrameRow.__table__
+        inserted = self.session.connection().execute(
+            select(table.c.id, table.c.spool_id, table.c.sequence).where(table.c.id > last_frame)
         )
         stored = {new[spool_id, sequence]: frame_id for frame_id, spool_id, sequence in inserted}
         for place in new.values():
@@ -260,7 +263,7 @@ class _Batch:
                 self._count_duplicate(place, frames[place].spool)
         if not stored:
             return
-        fresh_samples = self._insert_samples({frame_id: frames[place] for place, frame_id in stored.items()})
+        fresh_samples = self._insert_samples({frame_id: frames[place] for place, frame_id in stored.items()}, last_sample)
         self._insert_bodies({frame_id: frames[place].payload for place, frame_id in stored.items()}, fresh_samples)
         for place, frame_id in sorted(stored.items()):
             self._count_stored(place, frames[place], fresh_samples.get(frame_id, 0))
@@ -274,30 +277,22 @@ class _Batch:
         )
         return {(spool_id, sequence) for spool_id, sequence in known if spool_id is not None and sequence is not None}
 
-    def _insert_samples(self, frames: dict[int, WholeFrame]) -> dict[int, int]:
+    def _insert_samples(self, frames: dict[int, WholeFrame], last_sample: int) -> dict[int, int]:
         """Insert the samples that their device has not sent before; how many of each frame that were."""
-        before = self.session.scalar(select(func.max(SampleRow.id))) or 0
         rows = [
             (frame_id, position, whole.spool.device_id, bytes.fromhex(sample.id), sample.label, sample.split, sample.tokens)
             for frame_id, whole in frames.items()
             for position, sample in enumerate(whole.frame.samples)
         ]
-        # Thousands of rows a batch: straight to the driver, since SQLAlchemy's handling of each row costs as much as
-        # the database's; and many rows to a statement, since SQLite's driver gives up the interpreter's lock for each
-        # statement, and the network thread would take it each time.
-        mark = "?" if self.session.get_bind().dialect.paramstyle == "qmark" else "%s"
-        connection = self.session.connection()
-        for start in range(0, len(rows), _ROWS_A_STATEMENT):
-            some = rows[start : start + _ROWS_A_STATEMENT]
-            connection.exec_driver_sql(_insert_samples_sql(mark, len(some)), tuple(chain.from_iterable(some)))
-        # There is one writer, so every row above `before` is ours: a short range instead of an index over frames.
-        counted = select(SampleRow.frame_id, func.count()).where(SampleRow.id > before).group_by(SampleRow.frame_id)
+        inserted = insert_rows(self.session, "samples", _SAMPLE_COLUMNS, rows, conflict="ON CONFLICT (device_id, sample_id) DO NOTHING")
+        if inserted == len(rows):
+            return {frame_id: len(whole.frame.samples) for frame_id, whole in frames.items()}
+        counted = select(SampleRow.frame_id, func.count()).where(SampleRow.id > last_sample).group_by(SampleRow.frame_id)
         return {frame_id: samples for frame_id, samples in self.session.execute(counted)}  # noqa: C416 - a Row is no pair to mypy
 
     def _insert_bodies(self, payloads: dict[int, bytes], fresh_samples: dict[int, int]) -> None:
-        useful = [{"frame_id": frame_id, "payload": payload} for frame_id, payload in payloads.items() if fresh_samples.get(frame_id)]
-        if useful:
-            self.session.execute(insert_into(self.session, FrameBody), useful)
+        useful = [(frame_id, payload) for frame_id, payload in payloads.items() if fresh_samples.get(frame_id)]
+        insert_rows(self.session, "frame_bodies", ("frame_id", "payload"), useful)
         useless = [frame_id for frame_id in payloads if not fresh_samples.get(frame_id)]
         if useless:  # a re-flashed card sends everything again: the bodies are here already
             self.session.execute(update(FrameRow).where(FrameRow.id.in_(useless)).values(has_body=False))
@@ -339,7 +334,14 @@ class _Batch:
         minute["payload_bytes"] += len(whole.payload)
         self.outcomes[place] = FrameOutcome("stored", "", new_samples, len(frame.samples) - new_samples)
 
-    def _count_duplicate(self, place: int, spool: Spool) -> None:
+    def _frame_row(self, whole: WholeFrame) -> tuple[object, ...]:
+        frame = whole.frame
+        return (
+            whole.spool.id, frame.sequence, whole.span, self.bind(whole.received_at), self.bind(from_seconds(frame.captured_at)), len(whole.payload),
+            len(frame.samples), frame.produced, frame.backbone, frame.plan_version, frame.mode, True,
+        )  # fmt: skip
+
+    def _count_duplicate(self, place: int, spool: AnySpool) -> None:
         spool.duplicate_frames += 1
         self._minute(self.batch[place])["duplicates"] += 1
         self.outcomes[place] = FrameOutcome("duplicate", "stored or rejected before")
@@ -349,7 +351,7 @@ class _Batch:
         return self.minutes.setdefault(key, {"frames": 0, "samples": 0, "payload_bytes": 0, "duplicates": 0, "rejected": 0})
 
 
-def record_arrival(device: Device, samples: int, received_at: datetime) -> None:
+def record_arrival(device: AnyDevice, samples: int, received_at: datetime) -> None:
     """Bring a device's rate and pace up to date with one more frame."""
     rate, pace = rate_of(device), pace_of(device)
     at = to_seconds(received_at)
@@ -362,35 +364,17 @@ def record_arrival(device: Device, samples: int, received_at: datetime) -> None:
     device.last_arrival_at = from_seconds(pace.last_at)
 
 
-def rate_of(device: Device) -> arrivals.RateEstimate:
+def rate_of(device: AnyDevice) -> arrivals.RateEstimate:
     if device.rate_started_at is None or device.last_arrival_at is None:
         return arrivals.RateEstimate()
     sums = (device.rate_sum_60, device.rate_sum_300, device.rate_sum_3600)
     return arrivals.RateEstimate(to_seconds(device.rate_started_at), to_seconds(device.last_arrival_at), sums)
 
 
-def pace_of(device: Device) -> arrivals.Pace:
+def pace_of(device: AnyDevice) -> arrivals.Pace:
     if device.last_arrival_at is None:
         return arrivals.Pace()
     return arrivals.Pace(to_seconds(device.last_arrival_at), device.interval_seconds, device.interval_deviation_seconds)
-
-
-def _frame_row(whole: WholeFrame) -> dict[str, object]:
-    frame = whole.frame
-    return {
-        "spool_id": whole.spool.id,
-        "sequence": frame.sequence,
-        "span": whole.span,
-        "received_at": whole.received_at,
-        "captured_at": from_seconds(frame.captured_at),
-        "payload_bytes": len(whole.payload),
-        "samples": len(frame.samples),
-        "produced": frame.produced,
-        "backbone": frame.backbone,
-        "plan_version": frame.plan_version,
-        "mode": frame.mode,
-        "has_body": True,
-    }
 
 
 __all__ = [

@@ -10,7 +10,8 @@ from typing import Protocol
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
-from coordinator.store.models import Device, FramePart, Spool
+from coordinator.store.counts import AnyDevice, AnySpool
+from coordinator.store.models import FramePart
 from coordinator.store.rejections import RejectedMessage, is_here, keep_rejected
 from side_tuning.wire.bounded import FrameError
 from side_tuning.wire.frame import Frame, Part, decode, decode_frame, join_parts
@@ -20,7 +21,7 @@ from side_tuning.wire.frame import Frame, Part, decode, decode_frame, join_parts
 class WholeFrame:
     """A frame about to be stored: its spool, its payload, and how many sequences it takes."""
 
-    spool: Spool
+    spool: AnySpool
     frame: Frame
     payload: bytes
     received_at: datetime
@@ -46,7 +47,7 @@ class KeptParts:
     payloads: dict[int, bytes] = field(default_factory=dict)  # of `complete`
 
 
-def keep_parts(session: Session, parts: Mapping[int, tuple[Spool, _Received]]) -> KeptParts:
+def keep_parts(session: Session, parts: Mapping[int, tuple[AnySpool, _Received]]) -> KeptParts:
     """Store new parts; a frame whose last part has come is taken out and handed back whole."""
     kept = KeptParts()
     groups: dict[tuple[int, int], int] = {}  # (spool id, first sequence) -> place of its newest part
@@ -74,7 +75,7 @@ def keep_parts(session: Session, parts: Mapping[int, tuple[Spool, _Received]]) -
     return kept
 
 
-def _insert_part(session: Session, spool: Spool, part: Part, item: _Received) -> bool:
+def _insert_part(session: Session, spool: AnySpool, part: Part, item: _Received) -> bool:
     if is_here(session, spool.id, part.sequence):
         return False
     others = select(FramePart.id).where(FramePart.spool_id == spool.id, FramePart.first == part.first).limit(1)
@@ -102,7 +103,7 @@ def _insert_part(session: Session, spool: Spool, part: Part, item: _Received) ->
     return True
 
 
-def _join(spool: Spool, payloads: list[bytes], received_at: datetime) -> tuple[WholeFrame | str, bytes]:
+def _join(spool: AnySpool, payloads: list[bytes], received_at: datetime) -> tuple[WholeFrame | str, bytes]:
     joined = b"".join(payloads)
     try:
         parts = [part for part in map(decode, payloads) if isinstance(part, Part)]
@@ -113,7 +114,7 @@ def _join(spool: Spool, payloads: list[bytes], received_at: datetime) -> tuple[W
     return WholeFrame(spool, frame, joined, received_at, span=len(payloads), from_parts=True), joined
 
 
-def close_incomplete(session: Session, device: Device, spool: Spool, reason: str) -> int:
+def close_incomplete(session: Session, device: AnyDevice, spool: AnySpool, reason: str) -> int:
     """Reject every frame whose parts all lie below the floor and some of which never came; how many that were."""
     firsts = session.scalars(
         select(FramePart.first).distinct().where(FramePart.spool_id == spool.id, FramePart.first + FramePart.count <= spool.floor)
@@ -123,7 +124,7 @@ def close_incomplete(session: Session, device: Device, spool: Spool, reason: str
     return len(firsts)
 
 
-def reject_incomplete(session: Session, device: Device, spool: Spool, first: int, reason: str) -> None:
+def reject_incomplete(session: Session, device: AnyDevice, spool: AnySpool, first: int, reason: str) -> None:
     """Turn the parts that came of one frame into rejections: one that counts its samples, and its parts with it."""
     group = (FramePart.spool_id == spool.id, FramePart.first == first)
     parts = session.scalars(select(FramePart).where(*group).order_by(FramePart.sequence)).all()

@@ -10,7 +10,8 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session, contains_eager
 
 from coordinator.store.accounts import advance_spool, open_devices, open_spools
-from coordinator.store.models import Device, FramePart, FrameRow, Rejection, Spool
+from coordinator.store.counts import AnyDevice, AnySpool
+from coordinator.store.models import Device, FramePart, FrameRow, Rejection
 
 MAX_REASON_CHARACTERS = 500
 _MAX_SEQUENCE = 2**53
@@ -78,7 +79,7 @@ def insert_rejection(
     return fresh
 
 
-def keep_rejected(session: Session, device: Device, spool: Spool | None, message: RejectedMessage, *, was_here: bool = False) -> bool:
+def keep_rejected(session: Session, device: AnyDevice, spool: AnySpool | None, message: RejectedMessage, *, was_here: bool = False) -> bool:
     """Store and count a rejected message; False if what it names is stored or rejected already.
 
     The caller moves `stored_through` on. `was_here` says that it was stored as a part, and perhaps receipted, until now.
