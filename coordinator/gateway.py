@@ -132,8 +132,7 @@ class Writer:
             return False
         self.commits.count(time.monotonic() - began)
         self.commits.under_way_since = None
-        for arrived in batch:
-            self._connection.acknowledge(arrived.message)
+        self._connection.acknowledge_all([arrived.message for arrived in batch])
         self._count(work, outcomes)
         for item in work:
             if isinstance(item, _Report):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from side_tuning.backbone_manifest import BackboneManifest
 from side_tuning.wire.bounded import FrameError
@@ -44,6 +45,7 @@ class Decoded:
     reason: str | None
 
 
+@lru_cache(4096)
 def device_of(topic: str, channel: str) -> str:
     """The device that may write to `topic`; raises `FrameError` for any topic that is not a device's own `channel`."""
     parsed: Topic = parse_topic(topic)

@@ -1,4 +1,7 @@
-"""Receipts out to the devices: cumulative, retained, at most one per device and interval."""
+"""Receipts out to the devices: cumulative, retained, at most one per device and interval.
+
+With QoS 0: a device that missed one sends again what it has no receipt for, and that brings the next.
+"""
 
 from __future__ import annotations
 
@@ -57,9 +60,8 @@ class ReceiptDesk:
         except StoreUnavailable:
             self._restore(marked)
             return
-        for key in marked:
-            if key in receipts:
-                self._connection.publish(topics.receipt(key[0]), receipts[key].to_bytes(), retain=True)
+        told = [(topics.receipt(device), receipts[device, spool].to_bytes()) for device, spool in marked if (device, spool) in receipts]
+        self._connection.publish_all(told, retain=True)
 
     def _restore(self, marked: dict[tuple[str, str], None]) -> None:
         with self._lock:

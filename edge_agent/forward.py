@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -52,7 +51,7 @@ def tap_samples(backbone: Backbone, samples: Sequence[Sample], plan: TapPlan, re
         info = SampleInfo(sample.id, label, sample.split, matrices.tokens[place])
         token_ids = None
         if matrices.token_ids is not None and matrices.supervised_from is not None:
-            info = replace(info, supervised_from=matrices.supervised_from[place])
+            info = info._replace(supervised_from=matrices.supervised_from[place])
             token_ids = TokenIds.of([matrices.token_ids[place]], backbone.manifest.vocabulary)
         tapped.append(TappedSample(info, rows, matrices.maps, matrices.depth, token_ids))
     return tapped

@@ -130,6 +130,39 @@ def test_an_acknowledgement_of_an_older_connection_is_dropped(broker):
         assert gateway.messages[2].payload == b"2"
 
 
+@pytest.mark.parametrize("kind", [pytest.param(mosquitto, marks=needs_mosquitto), amqtt])
+def test_messages_published_together_arrive_in_order_and_are_kept(tmp_path, kind):
+    sizes = [1, 113, 126, 127, 128, 300, 16_383, 20_000]  # on both sides of MQTT's length steps
+    told = [(f"a/{n}", bytes([n]) * size) for n, size in enumerate(sizes)]
+    with kind(tmp_path) as broker, Client(broker.settings, subscriptions=["a/+"]) as client:
+        client.connection.publish_all(told, retain=True)
+        wait_until(lambda: len(client.messages) == len(told), 10, "all came")
+        assert [(message.topic, message.payload) for message in client.messages] == told
+        with Client(broker.settings, "later", subscriptions=["a/+"]) as later:
+            wait_until(lambda: {(message.topic, message.payload) for message in later.messages} == set(told), 10, "the kept ones")
+
+
+@needs_mosquitto
+def test_messages_acknowledged_together_make_room_and_do_not_come_again(broker):
+    options = {"subscriptions": ["a/b"], "manual_ack": True, "clean_start": False, "session_expiry_seconds": 60, "receive_maximum": 4}
+    with Client(broker.settings, "reader", **options) as reader, Client(broker.settings, "sender") as sender:
+        for n in range(10):
+            sender.connection.publish("a/b", bytes([n]))
+        done = 0
+        while done < 9:  # only what is acknowledged makes room for more
+            wait_until(lambda: len(reader.messages) > done, 5, "more came")  # noqa: B023 - used at once
+            batch = reader.messages[done:9]
+            reader.connection.acknowledge_all(batch)
+            done += len(batch)
+        wait_until(lambda: len(reader.messages) == 10, 5, "the last one came")
+    old = reader.messages
+    with Client(broker.settings, "reader", **options) as again:
+        wait_until(lambda: again.messages, 5, "what was not acknowledged")
+        assert again.payloads() == [b"\x09"]
+        again.connection.acknowledge_all(old)  # of the connection before: not counted for this one
+        again.connection.acknowledge_all(again.messages)
+
+
 @needs_mosquitto
 def test_the_will_speaks_after_a_crash_and_the_goodbye_after_a_clean_stop(broker, tmp_path):
     program = (

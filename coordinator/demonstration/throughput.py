@@ -104,7 +104,7 @@ def _as_other_devices(examples: list[Frame]) -> deque[tuple[str, bytes, dict[str
         example = examples[number % len(examples)]
         produced[sender] += len(example.samples)
         device, spool = f"sender-{sender + 1}", f"{sender + 1:016x}"
-        samples = tuple(replace(sample, id=f"{number:08x}{place:08x}") for place, sample in enumerate(example.samples))
+        samples = tuple(sample._replace(id=f"{number:08x}{place:08x}") for place, sample in enumerate(example.samples))
         frame = replace(example, device=device, spool=spool, sequence=sequence, produced=produced[sender], samples=samples)
         frames.append((device, encode_frame(frame), {"spool": spool, "sequence": str(sequence)}))
     return frames

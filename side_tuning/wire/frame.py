@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 from side_tuning.wire.bounded import FrameError
 from side_tuning.wire.codecs import MAX_GROUP, MAX_WIDTH, check_vectors, encoded_bytes
@@ -42,12 +42,12 @@ MAX_PARTS = 65_535
 LARGEST_TARGET = 1e6
 MIN_PART_BYTES = 1024  # room for the header of a part with the longest names
 _MAX_COUNT = 2**53  # the largest whole number that every language and JSON keeps exactly
+_SPLITS, _CODEC_NAMES, _MODES, _POOLINGS = map(get_args, (Split, CodecName, Mode, Pooling))
 _SPOOL = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _SAMPLE_ID = re.compile(r"([0-9a-f]{2}){1,32}")
 
 
-@dataclass(frozen=True)
-class SampleInfo:
+class SampleInfo(NamedTuple):
     """What a frame says of one sample; `id` is 2 to 64 lower-case hexadecimal digits, an even number of them."""
 
     id: str
@@ -253,8 +253,8 @@ def _samples_to_header(samples: Sequence[SampleInfo]) -> dict[str, Any]:
     for sample in samples:
         if not _SAMPLE_ID.fullmatch(sample.id):
             raise FrameError(f"sample id {sample.id[:80]!r} is not an even number of hexadecimal digits, 2 to 64, lower-case")
-        if sample.split not in get_args(Split):
-            raise FrameError(f"sample {sample.id}: split {sample.split!r:.40} is not one of {', '.join(get_args(Split))}")
+        if sample.split not in _SPLITS:
+            raise FrameError(f"sample {sample.id}: split {sample.split!r:.40} is not one of {', '.join(_SPLITS)}")
     columns: dict[str, Any] = {
         "ids": [bytes.fromhex(sample.id) for sample in samples],
         "labels": [None if sample.label is None else int(sample.label) for sample in samples],
@@ -344,7 +344,7 @@ def _read_tap_headers(fields: Fields) -> list[_TapHeader]:
     for body in fields.items("taps", MAX_BLOCKS):
         tap = Fields(body, "frame.taps")
         rows, width = tap.integer("rows", 1, 2**31), tap.integer("width", 1, MAX_WIDTH)
-        codec, group = tap.choice("codec", get_args(CodecName)), tap.integer("group", 0, MAX_GROUP)
+        codec, group = tap.choice("codec", _CODEC_NAMES), tap.integer("group", 0, MAX_GROUP)
         map_hash = tap.optional_text("map", 64)
         if map_hash is not None:
             check_fingerprint(map_hash)
@@ -358,7 +358,7 @@ def _read_frame(fields: Fields, headers: Sequence[_TapHeader], raw: bytes) -> Fr
     """Every field, and that the samples, the shapes and the body agree with each other."""
     identity = _identity(fields)
     samples = _read_samples(fields)
-    mode: Mode = fields.choice("mode", get_args(Mode))
+    mode: Mode = fields.choice("mode", _MODES)
     if mode == "sequence" and (empty := [sample.id for sample in samples if sample.tokens == 0]):
         raise FrameError(f"frame: sample {empty[0]} has no tokens in sequence mode")
     rows = len(samples) if mode == "pooled" else sum(sample.tokens for sample in samples)
@@ -400,7 +400,7 @@ def _read_frame(fields: Fields, headers: Sequence[_TapHeader], raw: bytes) -> Fr
         backbone=check_fingerprint(fields.text("backbone", 64)),
         plan_version=fields.integer("plan", 1, _MAX_COUNT),
         mode=mode,
-        pooling=fields.choice("pooling", get_args(Pooling)),
+        pooling=fields.choice("pooling", _POOLINGS),
         produced=fields.integer("produced", len(samples), _MAX_COUNT),
         samples=samples,
         taps=tuple(taps),

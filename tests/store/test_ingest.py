@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from dataclasses import asdict, fields, replace
+from datetime import datetime, timedelta, timezone
 
 import pytest
 from sqlalchemy import func, select
 
+from coordinator.store.accounts import open_counts
+from coordinator.store.counts import SpoolCounts, write_counts
 from coordinator.store.engine import Store
 from coordinator.store.errors import StoreError
 from coordinator.store.fleet import device_overview, fleet_totals
@@ -18,8 +21,10 @@ from coordinator.store.ingest import (
     insert_rejection,
     receipts_for,
 )
-from coordinator.store.models import FrameBody, FramePart, FrameRow, SampleRow
+from coordinator.store.models import FrameBody, FramePart, FrameRow, Run, SampleRow, Spool
 from coordinator.store.rejections import rejections
+from coordinator.store.statements import bind_moment, insert_rows
+from coordinator.store.timestamps import Timestamp
 from coordinator.store.training import frame_payloads, training_samples_after
 from side_tuning.wire.frame import encode_frame, split_frame
 from side_tuning.wire.messages import Receipt
@@ -265,11 +270,52 @@ def test_a_batch_that_fails_leaves_nothing(store: Store):
 
 
 def test_a_device_without_a_clock_is_stored_all_the_same(store: Store):
-    from dataclasses import replace
-
     frames = [replace(make_frame(sequence=n + 1, names=[n]), captured_at=at) for n, at in enumerate([0.0, 9e11])]
     assert [o.outcome for o in put(store, *map(received, frames))] == ["stored", "stored"]
     with store.read() as session:
         captured = session.scalars(select(FrameRow.captured_at).order_by(FrameRow.id)).all()
     assert [moment.year for moment in captured] == [1970, 2286]
     assert all(isinstance(moment, datetime) and moment.tzinfo for moment in captured)
+
+
+def test_moments_are_bound_as_the_models_bind_them(store: Store):
+    moments = [START, after(0.000001), after(0.5).astimezone(timezone(timedelta(hours=5, minutes=30)))]
+    kind = Timestamp()
+    with store.read() as session:
+        bind, dialect = bind_moment(session), session.get_bind().dialect
+        process = kind.dialect_impl(dialect).bind_processor(dialect) or (lambda moment: moment)
+        assert [bind(moment) for moment in moments] == [process(moment) for moment in moments]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 512, 1025])
+def test_any_number_of_rows_goes_in_once(store: Store, rows: int):
+    columns = ("id", "name", "settings", "started_at")
+    given = [(number + 1, f"run {number}", "{}", START.isoformat()) for number in range(rows)]
+    for expected in (rows, 0):
+        with store.write() as session:
+            assert insert_rows(session, "runs", columns, given, conflict="ON CONFLICT (name) DO NOTHING") == expected
+    assert count(store, Run) == rows
+
+
+def test_plain_columns_are_read_and_written_back_whole(store: Store):
+    put(store, received(make_frame()), unreadable("kitchen", 3), unreadable("kitchen", None, spool=None))
+    with store.write() as session:
+        devices, spools = open_counts(session, ["kitchen"], [("kitchen", SPOOL)], START)
+        before = (replace(devices["kitchen"]), replace(spools["kitchen", SPOOL]))
+        write_counts(session, list(devices.values()))
+        write_counts(session, list(spools.values()))
+        devices, spools = open_counts(session, ["kitchen"], [("kitchen", SPOOL)], START)
+        assert (devices["kitchen"], spools["kitchen", SPOOL]) == before
+        row = session.scalars(select(Spool)).one()
+        assert {one.name: getattr(row, one.name) for one in fields(SpoolCounts)} == asdict(before[1])
+    assert (before[0].unattributed_rejections, before[1].stored_frames, before[1].rejected_frames) == (1, 1, 1)
+    assert before[0].last_arrival_at == before[1].newest_frame_at == START
+
+
+def test_mapped_rows_read_before_a_batch_are_new_after_it(store: Store):
+    put(store, received(make_frame()))
+    with store.write() as session:
+        spool = session.scalars(select(Spool)).one()
+        spool.reported_produced = 7
+        insert_frames(session, [received(make_frame(sequence=2, names="cd"))])
+        assert (spool.stored_frames, spool.reported_produced) == (2, 7)

@@ -85,7 +85,7 @@ def language_frame() -> Frame:
 
 def regression_frame() -> Frame:
     first, second, third = pooled_frame().samples
-    samples = (replace(first, label=None, target=2.5), replace(second, target=None), replace(third, label=None, target=-1.0))
+    samples = (first._replace(label=None, target=2.5), second._replace(target=None), third._replace(label=None, target=-1.0))
     return replace(pooled_frame(), samples=samples)
 
 

@@ -122,7 +122,7 @@ def test_a_body_that_compresses_travels_as_lz4() -> None:
 
 
 def test_numpy_numbers_are_taken_as_numbers() -> None:
-    frame = replace(pooled_frame(), samples=tuple(replace(s, label=np.int64(1)) for s in pooled_frame().samples))  # type: ignore[arg-type]
+    frame = replace(pooled_frame(), samples=tuple(s._replace(label=np.int64(1)) for s in pooled_frame().samples))  # type: ignore[arg-type]
     assert decode_frame(encode_frame(frame)) == frame
 
 
