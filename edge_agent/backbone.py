@@ -6,6 +6,7 @@ for do not run; a text's result does not depend on what else is in its batch.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_agent.language_rows import LanguageRows, language_rows
+from edge_agent.memory import MappedFile, let_go_of_code
 from side_tuning.backbone_manifest import (
     MAPS,
     TOKENIZER,
+    WEIGHTS,
     BackboneError,
     BackboneManifest,
     TextError,
@@ -72,6 +75,10 @@ class Backbone:
         self._type_ids = getattr(config, "type_vocab_size", 0) > 1
         self._tap: dict[int, Tensor] = {}
         self._maps: dict[int, np.ndarray[Any, Any]] = {}
+        # One block's weights at a time are resident: 100 MB less for RoBERTa-base in int8 (docs/lab-notes.md).
+        tensors = itertools.chain(model.parameters(), model.buffers())
+        self._weights = MappedFile(folder / WEIGHTS, (tensor.data_ptr() for tensor in tensors))
+        self._blocks[0].register_forward_pre_hook(lambda *_: self._weights.let_go())  # the token table's
         for number, block in enumerate(self._blocks, 1):
             block.register_forward_hook(self._keeper(number))
         self._wanted: frozenset[int] = frozenset()
@@ -94,6 +101,7 @@ class Backbone:
 
         from side_tuning.backbone_model import load_model
 
+        let_go_of_code()  # before loading takes more
         torch.set_num_threads(threads)
         try:
             tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
@@ -106,6 +114,7 @@ class Backbone:
                 f"({type(error).__name__}: {error!s:.200}); it was prepared with {manifest.created_with}: "
                 "install those versions or prepare it again"
             ) from error
+        let_go_of_code()
         return cls(manifest, model, blocks_name, tokenizer, folder)
 
     @property
@@ -205,6 +214,7 @@ class Backbone:
 
     def _keeper(self, number: int) -> Any:
         def keep(_module: Any, _inputs: Any, output: Any) -> None:
+            self._weights.let_go()
             if number in self._wanted:
                 self._tap[number] = output[0] if isinstance(output, tuple) else output
 

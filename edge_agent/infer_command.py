@@ -14,6 +14,7 @@ from edge_agent import exit_codes
 from edge_agent.backbone import TextError
 from edge_agent.health import peak_rss_bytes
 from edge_agent.inference import CheckpointError, Prediction, Predictor, open_predictor
+from edge_agent.memory import return_memory_early
 from edge_agent.sample_files import FileSource
 from edge_agent.samples import Refusal, RowError, Sample, label_index
 from edge_agent.settings import AgentSettings, ConfigError, FileSourceSettings
@@ -117,6 +118,7 @@ def _predict(predictor: Predictor, known: list[tuple[Sample, int | None]], sums:
 
 
 def _open(settings: AgentSettings) -> Predictor:
+    return_memory_early()
     try:
         return open_predictor(
             settings.backbone.folder, settings.state_directory, threads=settings.backbone.threads, batch_size=settings.backbone.batch_size,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from side_tuning.backbone_manifest import CONFIG, QUANTIZATION, WEIGHTS, BackboneError
 from side_tuning.plain_transformer import PlainTransformer
-from side_tuning.quantized_layers import Int4Linear, Int8Embedding, Int8Linear
+from side_tuning.quantized_layers import Int4Linear, Int8Embedding, Int8Linear, Scratch
 
 
 def load_model(folder: Path, last_layer: int, runner: str | None = None) -> tuple[nn.Module, str]:
@@ -49,6 +49,7 @@ class StoredLayers:
         self._linears: dict[str, str] = layout["linears"]
         self._outputs: dict[str, int] = layout["outputs"]
         self._tables = set(layout["embeddings"])
+        self._scratch = Scratch()
 
     def has(self, name: str) -> bool:
         return name in self._names
@@ -71,8 +72,8 @@ class StoredLayers:
             return _linear(weight.t() if transposed else weight, bias)
         data, scale = self.tensor(f"{name}.data"), self.tensor(f"{name}.scale")
         if how == "int8":
-            return Int8Linear(data, scale, bias)
-        return Int4Linear(data, scale, self.tensor(f"{name}.shift"), bias, self._outputs[name])
+            return Int8Linear(data, scale, bias, self._scratch)
+        return Int4Linear(data, scale, self.tensor(f"{name}.shift"), bias, self._outputs[name], self._scratch)
 
     def embedding(self, name: str) -> nn.Module:
         if name in self._tables:

@@ -100,12 +100,13 @@ FAMILIES: dict[str, Names] = {
     "qwen2": _LLAMA,
 }
 
+# In place: what they work on is the widest tensor of a block.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
+    "gelu": torch.ops.aten.gelu_,
+    "gelu_new": lambda x: torch.ops.aten.gelu_(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: torch.ops.aten.gelu_(x, approximate="tanh"),
+    "relu": torch.relu_,
+    "silu": lambda x: F.silu(x, inplace=True),
 }
 
 
@@ -180,11 +181,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor, real: RealTokens, mask: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         x = real.pack(x)
         if self.pre_norm:
-            x = x + self._attention(self.attention_norm(x), real, mask, rotary)
-            x = x + self._mlp(self.mlp_norm(x))
+            x = self._attention(self.attention_norm(x), real, mask, rotary).add_(x)
+            x = self._mlp(self.mlp_norm(x)).add_(x)
         else:
-            x = self.attention_norm(x + self._attention(x, real, mask, rotary))
-            x = self.mlp_norm(x + self._mlp(x))
+            x = self.attention_norm(self._attention(x, real, mask, rotary).add_(x))
+            x = self.mlp_norm(self._mlp(x).add_(x))
         return real.pad(x)
 
     def _attention(self, x: Tensor, real: RealTokens, mask: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -207,7 +208,7 @@ class Block(nn.Module):
         assert self.up is not None
         assert self.down is not None
         if self.gate is not None:
-            return self.down(self.activation(self.gate(x)) * self.up(x))
+            return self.down(self.activation(self.gate(x)).mul_(self.up(x)))
         return self.down(self.activation(self.up(x)))
 
 
