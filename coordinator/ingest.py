@@ -93,6 +93,10 @@ def refusal(frame: Frame, registry: Registry) -> str | None:
         return f"tap plan {frame.plan_version} was never given out by this database; put back the one that did, then `coordinator rejections retry`"
     if (frame.mode, frame.pooling) != (plan.mode, plan.pooling):
         return f"mode {frame.mode}/{frame.pooling}, tap plan {plan.version} says {plan.mode}/{plan.pooling}"
+    if (frame.token_ids is not None) != (plan.task == "causal-lm"):
+        return f"{'no ' if frame.token_ids is None else ''}token ids, tap plan {plan.version} is for {plan.task}"
+    if plan.task != "regression" and any(sample.target is not None for sample in frame.samples):
+        return f"targets of a regression, tap plan {plan.version} is for {plan.task}"
     layers = tuple(tap.layer for tap in frame.taps)
     if layers != (wanted := plan.taps(manifest.layers)):
         return f"layers {_list(layers)}, tap plan {plan.version} wants {_list(wanted)} of this backbone"

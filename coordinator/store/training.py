@@ -16,7 +16,7 @@ from side_tuning.wire.bounded import FrameError
 from side_tuning.wire.frame import Split
 from side_tuning.wire.messages import Health
 
-Scope = Literal["fleet", "device", "backbone", "worst-device"]
+Scope = Literal["fleet", "device", "backbone", "worst-device", "untuned"]
 
 # SQLite takes at most 32766 values in one statement; there is no need to come near it.
 _IDS_PER_QUERY = 1000

@@ -211,9 +211,26 @@ def _text(line: str, where: str) -> object:
 
 
 def compute_anchor_taps(texts: list[object], data_directory: Path, fingerprint: str, plan: TapPlan) -> AnchorTaps:
-    """Run the texts through a kept artifact, as a device would, its codec included.
+    """Run the texts through a kept artifact, as a device would, its codec included."""
+    tensors, depth = export_anchors(texts, data_directory, fingerprint, plan)
+    taps = {layer: round_trip(tensors[f"layer.{layer}"], plan.codec, plan.group) for layer in plan.taps(depth)}
+    inputs = block_inputs(taps, plan.layers(depth))
+    tokens = tensors["tokens"].tolist() if plan.mode == "sequence" else [1] * len(inputs)
+    if len(inputs) > MOST_TOKEN_ROWS:
+        whole = int(np.searchsorted(np.cumsum(tokens), MOST_TOKEN_ROWS, side="right"))
+        tokens = tokens[:whole]
+        inputs = inputs[: sum(tokens)]
+    return AnchorTaps(inputs, tuple(tokens))
+
+
+def export_anchors(texts: list[object], data_directory: Path, fingerprint: str, plan: TapPlan) -> tuple[dict[str, np.ndarray], int]:
+    """The tensors of `edge_agent.export_taps` for the texts on a kept artifact, before any codec, and the artifact's depth.
 
     The forward runs in the device's own program, as a child process: the memory of a backbone is gone afterwards.
+
+    Raises:
+        AnchorError: no artifact, or it cannot run the texts.
+
     """
     artifact = find_artifact(data_directory, fingerprint)
     if artifact is None:
@@ -233,15 +250,7 @@ def compute_anchor_taps(texts: list[object], data_directory: Path, fingerprint: 
             raise AnchorError(f"anchors took over {FORWARD_SECONDS:.0f} s on backbone {fingerprint}; give fewer texts") from error
         if done.returncode:
             raise AnchorError(f"anchors cannot run on backbone {fingerprint}: {done.stderr.strip()[-500:]}")
-        tensors = load_file(out)
-    taps = {layer: round_trip(tensors[f"layer.{layer}"], plan.codec, plan.group) for layer in plan.taps(depth)}
-    inputs = block_inputs(taps, plan.layers(depth))
-    tokens = tensors["tokens"].tolist() if plan.mode == "sequence" else [1] * len(inputs)
-    if len(inputs) > MOST_TOKEN_ROWS:
-        whole = int(np.searchsorted(np.cumsum(tokens), MOST_TOKEN_ROWS, side="right"))
-        tokens = tokens[:whole]
-        inputs = inputs[: sum(tokens)]
-    return AnchorTaps(inputs, tuple(tokens))
+        return load_file(out), depth
 
 
 def main_directions(rows: np.ndarray, width: int) -> np.ndarray:

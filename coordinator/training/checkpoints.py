@@ -26,7 +26,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from coordinator.files import sync_folder
-from coordinator.training.learner import Learner
+from coordinator.training.learner import Trained
 from side_tuning.network.anchor_map import AnchorMap
 from side_tuning.wire.messages import TapPlan
 
@@ -53,7 +53,7 @@ class Progress:
 
 
 def save_checkpoint(
-    folder: Path, learner: Learner, progress: Progress, *, run: str, plan: TapPlan, metrics: Mapping[str, float], created_at: float
+    folder: Path, learner: Trained, progress: Progress, *, run: str, plan: TapPlan, metrics: Mapping[str, float], created_at: float
 ) -> Path:
     """Write the folder of `progress.step` under `folder` (the run's) and return it; an existing one is kept as it is.
 
@@ -113,7 +113,7 @@ def metrics_of(path: Path) -> dict[str, float]:
     return {name: float(value) for name, value in json.loads((path / DESCRIPTION).read_bytes())["metrics"].items()}
 
 
-def resume(folder: Path, learner: Learner) -> Progress | None:
+def resume(folder: Path, learner: Trained) -> Progress | None:
     """Bring `learner` (fresh, same settings) to the newest usable checkpoint of the run; None if there is none."""
     for path in reversed(saved_steps(folder)):
         try:
@@ -123,7 +123,7 @@ def resume(folder: Path, learner: Learner) -> Progress | None:
     return None
 
 
-def load_checkpoint(path: Path, learner: Learner) -> Progress:
+def load_checkpoint(path: Path, learner: Trained) -> Progress:
     """Bring a fresh `learner` to the state that was saved in `path`; it is not touched if the files are damaged."""
     try:
         description = json.loads((path / DESCRIPTION).read_bytes())
@@ -146,7 +146,7 @@ def load_checkpoint(path: Path, learner: Learner) -> Progress:
     )
 
 
-def _pack(learner: Learner, progress: Progress) -> bytes:
+def _pack(learner: Trained, progress: Progress) -> bytes:
     tensors = {
         "sampler/row_ids": torch.from_numpy(np.ascontiguousarray(progress.row_ids, np.int64)),
         "sampler/counts": torch.from_numpy(np.ascontiguousarray(progress.counts, np.int32)),
@@ -173,7 +173,7 @@ def _pack(learner: Learner, progress: Progress) -> bytes:
     return save_tensors(tensors, {"state": json.dumps(state)})
 
 
-def _unpack(learner: Learner, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def _unpack(learner: Trained, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     # In the order of joining: that is the order of the optimizer's parameter groups.
     for backbone in state["backbones"]:
         width_in = backbone["width_in"]
@@ -190,7 +190,7 @@ def _unpack(learner: Learner, state: Mapping[str, Any], tensors: Mapping[str, Te
     learner.optimizer.load_state_dict({**learner.optimizer.state_dict(), "state": moments})
 
 
-def _networks(learner: Learner) -> dict[str, torch.nn.Module]:
+def _networks(learner: Trained) -> dict[str, torch.nn.Module]:
     networks: dict[str, torch.nn.Module] = {"ladder": learner.ladder, "average_ladder": learner.average_ladder}
     for number, (fingerprint, alignment) in enumerate(learner.alignments.items()):
         networks[f"alignment/{number}"] = alignment

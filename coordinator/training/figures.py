@@ -39,7 +39,7 @@ class Figures:
         if training is None:
             return {"run": None, "error": self._troubles.words()}
         stored, drawn = training.sampler.samples, training.samples_drawn
-        knobs = self._settings.training
+        knobs = self._settings.training.of_task(training.plan.task)
         return {
             "run": training.run.name,
             "plan_version": training.plan.version,

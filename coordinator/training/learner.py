@@ -1,4 +1,4 @@
-"""One training step, written once: align per backbone type, ladder, cross entropy, AdamW, running mean of the weights.
+"""One training step, written once: align per backbone type, ladder, loss, AdamW, running mean of the weights.
 
 The trainer and the centralised reference both call `Learner.step`. Everything that a step depends on is in the
 learner's state and the step's number; there is no schedule that would have to know the end.
@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,8 +25,17 @@ from side_tuning.network.files import load_alignment, load_ladder, save_alignmen
 from side_tuning.network.side_network import SideNetwork, SideNetworkConfig, predict_logits
 from side_tuning.wire.messages import Mode
 
-Network = TypeVar("Network", SideNetwork, Alignment)
+Network = TypeVar("Network", bound=nn.Module)
 AnyAlignment = Alignment | AnchorMap
+
+
+@dataclass(frozen=True)
+class LanguageColumns:
+    """What the rows of a language model have beside their taps."""
+
+    last: np.ndarray  # (N, T, R): the last layer through its map
+    ids: np.ndarray  # (N, T): what stood at each row
+    targets: np.ndarray  # (N, T): what each row is trained to predict, or -1
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,7 @@ class Rows:
     inputs: np.ndarray  # (N, B, d), or (N, B, T, d) in `sequence` mode
     mask: np.ndarray | None  # (N, T), true at real tokens
     labels: np.ndarray  # (N,)
+    language: LanguageColumns | None = None
 
 
 def side_network_config(
@@ -55,11 +65,17 @@ def side_network_config(
 
 
 @dataclass(frozen=True)
-class Published:
-    """The averaged weights as devices get them: the files, and the networks that the files hold."""
+class PublishedFiles:
+    """The averaged weights as devices get them."""
 
     ladder_file: bytes
     alignment_files: Mapping[str, bytes]  # by fingerprint
+
+
+@dataclass(frozen=True)
+class Published(PublishedFiles):
+    """The files, and the networks that they hold."""
+
     ladder: SideNetwork
     alignments: Mapping[str, AnyAlignment]
 
@@ -68,20 +84,17 @@ class Published:
         return predict_logits(self.alignments[rows.fingerprint], self.ladder, rows.inputs, rows.mask)
 
 
-class Learner:
-    """The networks under training, their running means, and the optimizer."""
+class Trained:
+    """Networks under training, their running means, and the optimizer; what is lost is for subclasses to say."""
 
-    def __init__(self, settings: TrainingSettings, config: SideNetworkConfig) -> None:
+    def __init__(self, settings: TrainingSettings, config: Any, ladder: nn.Module) -> None:
         self.settings = settings
         self.config = config
         self.device = torch.device(settings.device)
-        with _seeded(settings.seed, self.device):
-            self.ladder = SideNetwork(config).to(self.device)
-        if self.ladder.entry is not None:
-            self.ladder.entry.input_dropout = settings.input_dropout
-        self.average_ladder = _frozen_copy(self.ladder)
-        self.alignments: dict[str, AnyAlignment] = {}  # in the order in which the backbone types came
-        self.average_alignments: dict[str, AnyAlignment] = {}
+        self.ladder: Any = ladder.to(self.device)
+        self.average_ladder: Any = _frozen_copy(self.ladder)
+        self.alignments: dict[str, Any] = {}  # in the order in which the backbone types came
+        self.average_alignments: dict[str, Any] = {}
         self.joined_at: dict[str, int] = {}  # fingerprint -> step
         self.optimizer = torch.optim.AdamW(
             _groups(self.ladder, settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.98), fused=True
@@ -89,19 +102,13 @@ class Learner:
 
     def add_backbone(self, fingerprint: str, width_in: int, *, step: int, anchor_map: AnchorMap | None = None) -> None:
         """Give a new backbone type its alignment: its anchor map, or else one that later steps train with the rest."""
-        self.joined_at[fingerprint] = step
-        if anchor_map is not None:
-            self.alignments[fingerprint] = self.average_alignments[fingerprint] = anchor_map.to(self.device)
-            return
-        alignment = Alignment(width_in, self.config.width_in, self.config.blocks)
-        alignment.input_dropout = self.settings.input_dropout
-        digest = hashlib.sha256(f"{self.settings.seed}/{fingerprint}".encode()).digest()
-        alignment.reset_projection(torch.Generator().manual_seed(int.from_bytes(digest[:7], "little")))
-        alignment.to(self.device)
-        self.alignments[fingerprint] = alignment
-        self.average_alignments[fingerprint] = _frozen_copy(alignment)
-        for group in _groups(alignment, self.settings.weight_decay):
-            self.optimizer.add_param_group(group)
+        raise NotImplementedError
+
+    def published(self) -> PublishedFiles:
+        """The averaged weights, rounded to `checkpoint_precision`."""
+        precision = None if self.settings.checkpoint_precision == "float" else self.settings.checkpoint_precision
+        files = {name: save_alignment(alignment, precision=precision) for name, alignment in self.average_alignments.items()}
+        return PublishedFiles(save_ladder(self.average_ladder, precision=precision), files)
 
     def step(self, batch: Sequence[Rows], step: int) -> float:
         """Train on one mixed batch; returns its mean loss."""
@@ -109,9 +116,8 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * min(1.0, (step + 1) / (settings.warmup_steps + 1))
         self.ladder.train()
-        with _seeded((settings.seed << 32) + step + 1, self.device):  # dropout of step t is a function of seed and t
-            x, mask, labels = self._align(batch)
-            loss = F.cross_entropy(self.ladder(x, mask), labels, label_smoothing=settings.label_smoothing)
+        with seeded((settings.seed << 32) + step + 1, self.device):  # dropout of step t is a function of seed and t
+            loss = self._loss(batch)
             self.optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(
@@ -122,13 +128,67 @@ class Learner:
         self._average(step)
         return float(loss.detach())
 
+    def _loss(self, batch: Sequence[Rows]) -> Tensor:
+        raise NotImplementedError
+
+    def _join(self, fingerprint: str, alignment: nn.Module, step: int) -> None:
+        """Train `alignment` from `step` on."""
+        self.joined_at[fingerprint] = step
+        self.alignments[fingerprint] = alignment.to(self.device)
+        self.average_alignments[fingerprint] = _frozen_copy(alignment)
+        for group in _groups(alignment, self.settings.weight_decay):
+            self.optimizer.add_param_group(group)
+
+    def _generator(self, fingerprint: str) -> torch.Generator:
+        """Of the projections that a backbone type begins with."""
+        digest = hashlib.sha256(f"{self.settings.seed}/{fingerprint}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+    @torch.no_grad()
+    def _average(self, step: int) -> None:
+        pairs: list[tuple[nn.Module, nn.Module, int]] = [(self.average_ladder, self.ladder, 0)]
+        pairs += [
+            (self.average_alignments[f], alignment, self.joined_at[f])
+            for f, alignment in self.alignments.items()
+            if alignment is not self.average_alignments[f]  # an anchor map has nothing to average
+        ]
+        for average, live, joined_at in pairs:
+            age = step - joined_at
+            # A mean over the whole life at first, over the last 1 / (1 - decay) steps later.
+            decay = min(self.settings.ema_decay, (1 + age) / (10 + age))
+            torch._foreach_lerp_(list(average.parameters()), list(live.parameters()), 1 - decay)
+            for mean, buffer in zip(average.buffers(), live.buffers(), strict=True):
+                mean.copy_(buffer)
+
+
+class Learner(Trained):
+    """Classification: alignments, ladder and head, cross entropy."""
+
+    def __init__(self, settings: TrainingSettings, config: SideNetworkConfig) -> None:
+        with seeded(settings.seed, torch.device(settings.device)):
+            ladder = SideNetwork(config)
+        if ladder.entry is not None:
+            ladder.entry.input_dropout = settings.input_dropout
+        super().__init__(settings, config, ladder)
+
+    def add_backbone(self, fingerprint: str, width_in: int, *, step: int, anchor_map: AnchorMap | None = None) -> None:
+        if anchor_map is not None:
+            self.joined_at[fingerprint] = step
+            self.alignments[fingerprint] = self.average_alignments[fingerprint] = anchor_map.to(self.device)
+            return
+        alignment = Alignment(width_in, self.config.width_in, self.config.blocks)
+        alignment.input_dropout = self.settings.input_dropout
+        alignment.reset_projection(self._generator(fingerprint))
+        self._join(fingerprint, alignment, step)
+
     def published(self) -> Published:
-        """The averaged weights, rounded to `checkpoint_precision`."""
-        precision = None if self.settings.checkpoint_precision == "float" else self.settings.checkpoint_precision
-        ladder_file = save_ladder(self.average_ladder, precision=precision)
-        files = {name: save_alignment(alignment, precision=precision) for name, alignment in self.average_alignments.items()}
-        alignments = {name: load_alignment(file).to(self.device) for name, file in files.items()}
-        return Published(ladder_file, files, load_ladder(ladder_file).to(self.device), alignments)
+        files = super().published()
+        alignments = {name: load_alignment(file).to(self.device) for name, file in files.alignment_files.items()}
+        return Published(files.ladder_file, files.alignment_files, load_ladder(files.ladder_file).to(self.device), alignments)
+
+    def _loss(self, batch: Sequence[Rows]) -> Tensor:
+        x, mask, labels = self._align(batch)
+        return F.cross_entropy(self.ladder(x, mask), labels, label_smoothing=self.settings.label_smoothing)
 
     def _align(self, batch: Sequence[Rows]) -> tuple[Tensor, Tensor | None, Tensor]:
         aligned, masks, labels = [], [], []
@@ -150,22 +210,6 @@ class Learner:
             self.ladder.entry.observe(x, mask)
         return x, mask, torch.cat(labels).to(self.device)
 
-    @torch.no_grad()
-    def _average(self, step: int) -> None:
-        pairs: list[tuple[nn.Module, nn.Module, int]] = [(self.average_ladder, self.ladder, 0)]
-        pairs += [
-            (self.average_alignments[f], alignment, self.joined_at[f])
-            for f, alignment in self.alignments.items()
-            if isinstance(alignment, Alignment)  # an anchor map has nothing to average
-        ]
-        for average, live, joined_at in pairs:
-            age = step - joined_at
-            # A mean over the whole life at first, over the last 1 / (1 - decay) steps later.
-            decay = min(self.settings.ema_decay, (1 + age) / (10 + age))
-            torch._foreach_lerp_(list(average.parameters()), list(live.parameters()), 1 - decay)
-            for mean, buffer in zip(average.buffers(), live.buffers(), strict=True):
-                mean.copy_(buffer)
-
 
 def _groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Matrices decay; biases, norms, gates and the layer map do not."""
@@ -183,7 +227,7 @@ def _frozen_copy(module: Network) -> Network:
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Torch's global generator, seeded inside and untouched outside."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

@@ -7,7 +7,26 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from side_tuning.wire.messages import Task
+
 FEWEST_ANCHORS = 50  # below that a map into the shared space means nothing
+
+
+class LanguageSettings(BaseModel):
+    """What differs where the task is `causal-lm`: a sample is a whole text, and every token of it is a label."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    side_width: int = Field(default=128, ge=8, le=4096)
+    heads: int = Field(default=4, ge=1, le=64)
+    expansion: int = Field(default=4, ge=1, le=8)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    input_dropout: float = Field(default=0.0, ge=0, lt=1)
+    batch_size: int = Field(default=16, ge=1)  # texts
+    learning_rate: float = Field(default=3e-3, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    min_samples: int = Field(default=64, ge=1)
+    evaluate_samples: int = Field(default=500, ge=1)
 
 
 class TrainingSettings(BaseModel):
@@ -42,6 +61,8 @@ class TrainingSettings(BaseModel):
     # What devices fetch. int8 is a quarter of float; agents of releases that had float only refuse anything else and keep what they have.
     checkpoint_precision: Literal["float", "fp16", "int8", "int4"] = "int8"
 
+    language: LanguageSettings = LanguageSettings()
+
     # The sampler (METHOD: sampling). Shares go by stored samples to the power of tau: 1 every sample alike, 0 every device alike.
     tau: float = Field(default=0.5, ge=0, le=1)
     class_tau: float = Field(default=1.0, ge=0, le=1)  # the same between the classes within one device; below 1 raises rare ones
@@ -60,3 +81,7 @@ class TrainingSettings(BaseModel):
     checkpoint_growth: float = Field(default=0.1, ge=0)
     checkpoint_longest_seconds: float = Field(default=900.0, gt=0)
     keep_checkpoints: int = Field(default=5, ge=2)
+
+    def of_task(self, task: Task) -> TrainingSettings:
+        """The settings that training for `task` goes by: for a language model its own take the places of the general ones."""
+        return self if task != "causal-lm" else self.model_copy(update=dict(self.language))

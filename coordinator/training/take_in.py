@@ -13,7 +13,8 @@ import numpy as np
 from coordinator.store.engine import Store
 from coordinator.store.registry import backbones, plans
 from coordinator.store.training import StoredSample, frame_payloads, training_samples_after
-from coordinator.training.tap_cache import RECORD, Entry, TapCache
+from coordinator.training.tap_cache import NO_TARGET, RECORD, Entry, TapCache
+from side_tuning.backbone_manifest import BackboneManifest
 from side_tuning.wire.bounded import FrameError
 from side_tuning.wire.codecs import decode_vectors
 from side_tuning.wire.frame import Frame, decode_frame
@@ -35,11 +36,11 @@ def take_in(store: Store, cache: TapCache, plan: TapPlan, limit: int = SAMPLES_A
         samples = training_samples_after(session, cache.watermark, limit)
         if not samples:
             return 0
-        depths = {fingerprint: row.manifest.layers for fingerprint, row in backbones(session).items()}
+        manifests = {fingerprint: row.manifest for fingerprint, row in backbones(session).items()}
         known_plans = {row.version: row.plan for row in plans(session)}
     by_frame: dict[int, list[StoredSample]] = defaultdict(list)
     for sample in samples:
-        reason = _useless(sample, plan, known_plans, depths)
+        reason = _useless(sample, plan, known_plans, manifests)
         if reason:
             cache.skipped[reason] += 1
         else:
@@ -56,7 +57,7 @@ def take_in(store: Store, cache: TapCache, plan: TapPlan, limit: int = SAMPLES_A
                 cache.skipped["dropped by retention before it was read"] += len(wanted)
                 continue
             try:
-                records.append(_keep(cache, plan, decode_frame(payloads[frame_id]), wanted, depths[wanted[0].backbone]))
+                records.append(_keep(cache, plan, decode_frame(payloads[frame_id]), wanted, manifests[wanted[0].backbone]))
             except FrameError as error:
                 log.warning("stored frame %d cannot be decoded: %s", frame_id, error)
                 cache.skipped["stored frame cannot be decoded"] += len(wanted)
@@ -67,28 +68,33 @@ def take_in(store: Store, cache: TapCache, plan: TapPlan, limit: int = SAMPLES_A
     return len(samples)
 
 
-def _useless(sample: StoredSample, plan: TapPlan, known: dict[int, TapPlan], depths: dict[str, int]) -> str | None:
-    if sample.label is None:
+def _useless(sample: StoredSample, plan: TapPlan, known: dict[int, TapPlan], manifests: dict[str, BackboneManifest]) -> str | None:
+    if sample.label is None and plan.task == "classification":
         return "no label"
-    if sample.backbone not in depths:
+    if sample.backbone not in manifests:
         return "unknown backbone"
     made_for = known.get(sample.plan_version)
     if made_for is None:
         return "unknown tap plan"
     if made_for.labels != plan.labels:
         return "other labels"
+    if made_for.task != plan.task:
+        return "other task"
     if (made_for.mode, made_for.pooling) != (plan.mode, plan.pooling):
         return "other mode or pooling"
-    return None if sample.label < len(plan.labels) else "label out of range"
+    return "label out of range" if plan.task == "classification" and (sample.label or 0) >= len(plan.labels) else None
 
 
-def _keep(cache: TapCache, plan: TapPlan, frame: Frame, wanted: list[StoredSample], depth: int) -> np.ndarray:
-    vectors = _vectors(frame, plan, depth)  # (rows, layers, width)
+def _keep(cache: TapCache, plan: TapPlan, frame: Frame, wanted: list[StoredSample], manifest: BackboneManifest) -> np.ndarray:
+    layers = _vectors(frame, plan, manifest)
+    if len({len(values) for values in layers}) != 1:
+        raise _Skip("taps of unlike shapes")
+    width = manifest.width if plan.mode == "pooled" else min(plan.rank, manifest.width)
+    shard = cache.open_shard(frame.backbone, plan.layers(manifest.layers), width, layers[-1].shape[1])
     counts = [1 if frame.mode == "pooled" else sample.tokens for sample in frame.samples]
     ends = np.cumsum(counts)
-    shard = cache.open_shard(frame.backbone, plan.layers(depth), vectors.shape[2])
-    if cache.shards[shard].width != vectors.shape[2]:
-        raise _Skip("other width than the backbone's earlier samples")
+    vectors = np.concatenate(layers, axis=1)
+    tokens = _tokens(frame) if plan.task == "causal-lm" else None
     entries = [
         Entry(
             sample.row_id,
@@ -96,6 +102,7 @@ def _keep(cache: TapCache, plan: TapPlan, frame: Frame, wanted: list[StoredSampl
             int(sample.label or 0),
             sample.split == "held-out",
             vectors[ends[sample.position] - counts[sample.position] : ends[sample.position]],
+            None if tokens is None else tokens[sample.position],
         )
         for sample in wanted
         if counts[sample.position]
@@ -105,21 +112,28 @@ def _keep(cache: TapCache, plan: TapPlan, frame: Frame, wanted: list[StoredSampl
     return cache.append(shard, entries)
 
 
-def _vectors(frame: Frame, plan: TapPlan, depth: int) -> np.ndarray:
+def _tokens(frame: Frame) -> list[np.ndarray]:
+    """Per sample (rows, 2): each row's token, and the one that it is trained to predict or `NO_TARGET`."""
+    if frame.token_ids is None:
+        raise _Skip("no token ids")
+    found = []
+    for sample, ids in zip(frame.samples, frame.token_ids.sequences([sample.tokens for sample in frame.samples]), strict=True):
+        targets = np.where(np.arange(sample.tokens) >= sample.supervised_from, ids[1:], NO_TARGET)
+        found.append(np.stack([ids[:-1], targets], axis=1))
+    return found
+
+
+def _vectors(frame: Frame, plan: TapPlan, manifest: BackboneManifest) -> list[np.ndarray]:
+    """The plan's layers, each (rows, width); a language model's last one may be wider."""
     taps = {tap.layer: tap for tap in frame.taps}
-    layers = plan.taps(depth)
+    layers = plan.taps(manifest.layers)
     if not set(layers) <= set(taps):
         raise _Skip("taps do not cover the plan's layers")
-    decoded = []
+    found = []
     for layer in layers:
-        tap = taps[layer]
-        values = decode_vectors(tap.data, tap.rows, tap.width, tap.codec, tap.group)
-        if plan.mode == "sequence":
-            # Rank r is the first r columns of the map, so a larger rank holds the smaller one.
-            if tap.width < plan.rank:
-                raise _Skip("rank below the plan's")
-            values = values[:, : plan.rank]
-        decoded.append(values)
-    if len({values.shape for values in decoded}) != 1:
-        raise _Skip("taps of unlike shapes")
-    return np.stack(decoded, axis=1)
+        tap, width = taps[layer], plan.width_at(layer, manifest.layers, manifest.width)
+        if tap.width != width and (plan.mode == "pooled" or tap.width < width):
+            raise _Skip("other width than the backbone's" if plan.mode == "pooled" else "rank below the plan's")
+        # Rank r is the first r columns of the map, so a larger rank holds the smaller one.
+        found.append(decode_vectors(tap.data, tap.rows, tap.width, tap.codec, tap.group)[:, :width])
+    return found

@@ -2,7 +2,8 @@
 
 One shard per (backbone fingerprint, layers), one index for all, and `cache.json`, which says how much of them counts;
 it is replaced last, so a crash in between only loses what comes again from the store. Everything here can be rebuilt
-from the store; whatever does not fit together is thrown away. Memory holds the index (41 bytes a sample), no vectors.
+from the store; whatever does not fit together is thrown away. Memory holds the index (41 bytes a sample), no vectors. For a language model the last layer's rows are wider than the
+others', and a second file per shard has each row's own token and the one that it is trained to predict.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from typing import BinaryIO
 import numpy as np
 
 from coordinator.files import write_atomically
-from coordinator.training.learner import Rows
+from coordinator.training.learner import LanguageColumns, Rows
 from coordinator.training.sampler import GrowingArray
 from side_tuning.network.side_network import pad_tokens
-from side_tuning.wire.messages import Mode
+from side_tuning.wire.messages import Mode, Task
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 LARGEST = 65_504.0  # of float16; larger values are clipped to it
 RECORD = np.dtype(
     [
@@ -44,35 +45,45 @@ RECORD = np.dtype(
 )
 
 
+NO_TARGET = -1  # of a row that the loss does not sit on
+
+
 @dataclass
 class Shard:
-    """The vectors of one backbone type: `rows` x its distinct tapped layers x `width`."""
+    """The vectors of one backbone type: `rows` x its distinct tapped layers x `width`, the last layer's `last_width`."""
 
     fingerprint: str
     layers: tuple[int, ...]  # distinct, ascending
     layers_per_block: tuple[int, ...]
     width: int
+    last_width: int  # as `width`, but for language models
     rows: int = 0
+
+    @property
+    def columns(self) -> int:
+        return (len(self.layers) - 1) * self.width + self.last_width
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One sample to keep; `vectors` is (rows, layers, width)."""
+    """One sample to keep; `vectors` is (rows, columns of its shard), layer after layer."""
 
     row_id: int
     device: str
     label: int
     held_out: bool
     vectors: np.ndarray
+    tokens: np.ndarray | None = None  # language models: (rows, 2), each row's token and its target or `NO_TARGET`
 
 
 class TapCache:
     """Samples numbered 0, 1, 2, ... in the order of their row ids in the store."""
 
-    def __init__(self, folder: Path, key: Mapping[str, object], mode: Mode) -> None:
+    def __init__(self, folder: Path, key: Mapping[str, object], mode: Mode, task: Task = "classification") -> None:
         """Open the cache in `folder`, or begin an empty one if it was made for another `key` or does not fit together."""
         self.folder = folder
         self.mode: Mode = mode
+        self.task: Task = task
         self.watermark = 0  # every sample of the store up to this row id has been looked at
         self.devices: list[str] = []
         self.shards: list[Shard] = []
@@ -109,30 +120,43 @@ class TapCache:
         shard = self.shards[number]
         vectors = self._map(number)
         labels = records["label"].astype(np.int64)
-        block_of = [shard.layers.index(layer) for layer in shard.layers_per_block]
         if self.mode == "pooled":
-            return Rows(shard.fingerprint, vectors[records["start"]][:, block_of].astype(np.float32), None, labels)
-        lengths = records["rows"].tolist()
-        parts = [vectors[start : start + rows] for start, rows in zip(records["start"].tolist(), lengths, strict=True)]
-        padded, mask = pad_tokens(np.concatenate(parts)[:, block_of].astype(np.float32), lengths)
-        return Rows(shard.fingerprint, np.ascontiguousarray(padded.transpose(0, 2, 1, 3)), mask, labels)
+            return Rows(shard.fingerprint, self._blocks(shard, vectors[records["start"]]), None, labels)
+        lengths, starts = records["rows"].tolist(), records["start"].tolist()
+
+        def padded(file: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            return pad_tokens(np.concatenate([file[start : start + n] for start, n in zip(starts, lengths, strict=True)]), lengths)
+
+        rows, mask = padded(vectors)  # (N, T, columns)
+        inputs = np.ascontiguousarray(self._blocks(shard, rows).swapaxes(1, 2))  # (N, B, T, width)
+        if self.task != "causal-lm":
+            return Rows(shard.fingerprint, inputs, mask, labels)
+        tokens, _ = padded(np.memmap(self._tokens_path(number), np.int32, mode="r", shape=(shard.rows, 2)))
+        targets = np.where(mask, tokens[..., 1], NO_TARGET).astype(np.int64)
+        last = rows[..., -shard.last_width :].astype(np.float32)
+        return Rows(shard.fingerprint, inputs, mask, labels, LanguageColumns(last, tokens[..., 0].astype(np.int64), targets))
+
+    @staticmethod
+    def _blocks(shard: Shard, rows: np.ndarray) -> np.ndarray:
+        """(..., columns) to float32 (..., B, width): each block's layer, its first `width` columns."""
+        starts = [shard.layers.index(layer) * shard.width for layer in shard.layers_per_block]
+        return np.stack([rows[..., start : start + shard.width] for start in starts], axis=-2).astype(np.float32)
 
     def _map(self, number: int) -> np.ndarray:
         if number not in self._maps:
             shard = self.shards[number]
-            shape = (shard.rows, len(shard.layers), shard.width)
-            self._maps[number] = np.memmap(self._shard_path(number), np.float16, mode="r", shape=shape)
+            self._maps[number] = np.memmap(self._shard_path(number), np.float16, mode="r", shape=(shard.rows, shard.columns))
         return self._maps[number]
 
     # Putting in.
 
-    def open_shard(self, fingerprint: str, layers_per_block: Sequence[int], width: int) -> int:
+    def open_shard(self, fingerprint: str, layers_per_block: Sequence[int], width: int, last_width: int | None = None) -> int:
         """The number of the shard for this backbone type; made if there is none."""
         known = self.shard_number(fingerprint)
         if known is not None:
             return known
         layers = tuple(sorted(set(layers_per_block)))
-        self.shards.append(Shard(fingerprint, layers, tuple(layers_per_block), width))
+        self.shards.append(Shard(fingerprint, layers, tuple(layers_per_block), width, last_width or width))
         return len(self.shards) - 1
 
     def append(self, shard_number: int, entries: Iterable[Entry]) -> np.ndarray:
@@ -141,8 +165,12 @@ class TapCache:
         file = self._file(self._shard_path(shard_number))
         records = []
         for entry in entries:
-            if entry.vectors.shape[1:] != (len(shard.layers), shard.width):
+            if entry.vectors.shape[1:] != (shard.columns,):
                 raise ValueError(f"vectors of shape {entry.vectors.shape} do not fit shard {shard_number}")
+            if self.task == "causal-lm":
+                if entry.tokens is None or entry.tokens.shape != (len(entry.vectors), 2):
+                    raise ValueError(f"sample {entry.row_id} comes without the tokens of its {len(entry.vectors)} rows")
+                self._file(self._tokens_path(shard_number)).write(entry.tokens.astype("<i4").tobytes())
             file.write(np.clip(entry.vectors, -LARGEST, LARGEST).astype("<f2").tobytes())
             device = self._device_number(entry.device)
             count = len(entry.vectors)
@@ -197,6 +225,9 @@ class TapCache:
     def _shard_path(self, number: int) -> Path:
         return self.folder / f"shard-{number}"
 
+    def _tokens_path(self, number: int) -> Path:
+        return self.folder / f"tokens-{number}"
+
     def _file(self, path: Path) -> BinaryIO:
         if path.name not in self._files:
             self._files[path.name] = path.open("ab")
@@ -221,7 +252,7 @@ class TapCache:
             if description["format"] != FORMAT or description["key"] != self._key:
                 return "was made for another tap plan or run"
             self.shards = [
-                Shard(s["fingerprint"], tuple(s["layers"]), tuple(s["layers_per_block"]), s["width"], s["rows"])
+                Shard(s["fingerprint"], tuple(s["layers"]), tuple(s["layers_per_block"]), s["width"], s["last_width"], s["rows"])
                 for s in description["shards"]
             ]
             self.devices = [str(device) for device in description["devices"]]
@@ -229,7 +260,9 @@ class TapCache:
             self.watermark = int(description["watermark"])
             self._cut(self.folder / "index", description["samples"] * RECORD.itemsize)
             for number, shard in enumerate(self.shards):
-                self._cut(self._shard_path(number), shard.rows * len(shard.layers) * shard.width * 2)
+                self._cut(self._shard_path(number), shard.rows * shard.columns * 2)
+                if self.task == "causal-lm":
+                    self._cut(self._tokens_path(number), shard.rows * 2 * 4)
             records = np.fromfile(self.folder / "index", RECORD) if description["samples"] else np.empty(0, RECORD)
         except (OSError, ValueError, KeyError, TypeError) as error:
             return f"does not fit together ({type(error).__name__}: {error})"

@@ -13,10 +13,13 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from coordinator.backbone_library import find_artifact
 from coordinator.files import file_trouble, held
 from coordinator.heartbeat import Heartbeat
 from coordinator.settings import CoordinatorSettings
@@ -25,10 +28,12 @@ from coordinator.store.errors import StoreUnavailable
 from coordinator.store.registry import newest_plan
 from coordinator.store.timestamps import utc_now
 from coordinator.store.training import insert_checkpoint, insert_evaluation, latest_checkpoint
-from coordinator.training.anchors import AnchorError, Anchors, open_anchors
+from coordinator.training.anchors import AnchorError, Anchors, open_anchors, read_texts
 from coordinator.training.checkpoints import Progress, metrics_of, prune_checkpoints, resume, save_checkpoint
 from coordinator.training.evaluation import Measurement, evaluate, metrics
 from coordinator.training.figures import Figures
+from coordinator.training.language_evaluation import evaluate_language
+from coordinator.training.language_learner import FrozenEnds, LanguageLearner, ladder_config
 from coordinator.training.learner import Learner, side_network_config
 from coordinator.training.run_state import RunIdentity, begin_or_continue, what_is_learned
 from coordinator.training.sampler import GrowingArray, Sampler
@@ -36,6 +41,8 @@ from coordinator.training.settings import TrainingSettings
 from coordinator.training.take_in import SAMPLES_AT_A_TIME, take_in
 from coordinator.training.tap_cache import TapCache
 from coordinator.training.troubles import Troubles
+from coordinator.training.warm_start import anchor_rows
+from side_tuning.backbone_manifest import BackboneError
 from side_tuning.network.anchor_map import AnchorMap
 from side_tuning.tasks import METRICS
 from side_tuning.wire.messages import TapPlan
@@ -52,10 +59,12 @@ class Training:
 
     run: RunIdentity
     plan: TapPlan
-    learner: Learner
+    learner: Learner | LanguageLearner
     sampler: Sampler
     cache: TapCache
+    data_directory: Path
     anchors: Anchors | None = None
+    anchors_file: Path | None = None
     step: int = 0
     samples_drawn: int = 0
     seen: int = 0  # cache entries that the sampler and the learner know
@@ -101,8 +110,9 @@ def _run(settings: CoordinatorSettings, stop: threading.Event, now: Now) -> None
                 waiting = True
                 stop.wait(settings.training.poll_seconds)
                 continue
+            fitting = settings.model_copy(update={"training": settings.training.of_task(plan.task)})
             try:
-                training = open_training(store, settings, plan, now)
+                training = open_training(store, fitting, plan, now)
             except OSError as error:
                 troubles.note("no run can begin or go on", error)
                 stop.wait(settings.training.poll_seconds)
@@ -110,7 +120,7 @@ def _run(settings: CoordinatorSettings, stop: threading.Event, now: Now) -> None
             troubles.over("no run can begin or go on")
             figures.training = training
             try:
-                train(training, store, settings, stop, now)
+                train(training, store, fitting, stop, now)
             finally:
                 figures.training = None
                 training.cache.close()
@@ -122,30 +132,37 @@ def _run(settings: CoordinatorSettings, stop: threading.Event, now: Now) -> None
 def open_training(store: Store, settings: CoordinatorSettings, plan: TapPlan, now: Now = utc_now) -> Training:
     """The last run with everything it had learned, or a new one."""
     run = begin_or_continue(store, settings.data_directory, plan, settings.training, now())
-    anchors = open_anchors(
-        settings.training.anchors_file,
-        settings.data_directory,
-        store,
-        plan,
-        settings.checkpoints_directory / run.name,
-        width=settings.training.anchor_width,
-    )
-    config = side_network_config(
-        settings.training,
-        blocks=plan.blocks,
-        classes=len(plan.labels),
-        mode=plan.mode,
-        entry_width=anchors.width if anchors else 0,
-    )
-    learner = Learner(settings.training, config)
-    cache = TapCache(settings.data_directory / "tap-cache", {"run": run.name, **run.made_for}, plan.mode)
+    learner: Learner | LanguageLearner
+    anchors = None
+    if plan.task == "causal-lm":
+        learner = LanguageLearner(
+            settings.training, ladder_config(settings.training, plan.blocks), partial(_frozen_ends, settings)
+        )
+    else:
+        anchors = open_anchors(
+            settings.training.anchors_file,
+            settings.data_directory,
+            store,
+            plan,
+            settings.checkpoints_directory / run.name,
+            width=settings.training.anchor_width,
+        )
+        config = side_network_config(
+            settings.training,
+            blocks=plan.blocks,
+            classes=len(plan.labels),
+            mode=plan.mode,
+            entry_width=anchors.width if anchors else 0,
+        )
+        learner = Learner(settings.training, config)
+    cache = TapCache(settings.data_directory / "tap-cache", {"run": run.name, **run.made_for}, plan.mode, plan.task)
     sampler = Sampler(
         seed=settings.training.seed,
         tau=settings.training.tau,
         class_tau=settings.training.class_tau,
         replay_cap=settings.training.replay_cap,
     )
-    training = Training(run, plan, learner, sampler, cache, anchors)
+    training = Training(run, plan, learner, sampler, cache, settings.data_directory, anchors, settings.training.anchors_file)
     progress = resume(settings.checkpoints_directory / run.name, learner)
     if progress is not None:
         _restore(training, store, progress)
@@ -224,6 +241,8 @@ def take_up(training: Training, until_row_id: int | None = None, counts: dict[in
                 shard.fingerprint, shard.width, step=training.step, anchor_map=_anchor_map(training, shard.fingerprint)
             )
             log.info("backbone %s joins at step %d", shard.fingerprint, training.step)
+            if isinstance(training.learner, LanguageLearner) and training.step:
+                _warm_start(training, training.learner, shard.fingerprint)
     train = np.flatnonzero(~records["held_out"])
     drawn = None
     if counts is not None:
@@ -231,6 +250,29 @@ def take_up(training: Training, until_row_id: int | None = None, counts: dict[in
     training.sampler.add(records["device"][train], records["label"][train], drawn)
     training.numbers.append(train + training.seen)
     training.seen += len(records)
+
+
+def _frozen_ends(settings: CoordinatorSettings, fingerprint: str) -> FrozenEnds:
+    artifact = find_artifact(settings.data_directory, fingerprint)
+    if artifact is None:
+        raise BackboneError(
+            f"backbone {fingerprint} has no artifact here, so no language model can be tuned on it: "
+            "register it again with `coordinator backbone register FOLDER`"
+        )
+    return FrozenEnds.load(artifact, torch.device(settings.training.device))
+
+
+def _warm_start(training: Training, learner: LanguageLearner, fingerprint: str) -> None:
+    """Let a backbone type that joins late gain at once, where there are anchors."""
+    if training.anchors_file is None:
+        return
+    try:
+        rows = anchor_rows(read_texts(training.anchors_file), training.data_directory, fingerprint, training.plan)
+    except (AnchorError, OSError) as error:
+        log.warning("backbone %s joins without anchors, it learns from its own samples alone: %s", fingerprint, error)
+        return
+    log.info("backbone %s was fitted to the side network on %d anchors", fingerprint, len(rows.inputs))
+    learner.warm_start(fingerprint, rows)
 
 
 def _anchor_map(training: Training, fingerprint: str) -> AnchorMap | None:
@@ -293,7 +335,12 @@ def _look_for_samples(training: Training, store: Store) -> bool:
         if reason not in training.told:
             training.told.add(reason)
             log.warning("samples that cannot be used, %d so far: %s", count, reason)
-    take_up(training)
+    try:
+        take_up(training)
+    except BackboneError as error:
+        training.troubles.note("the samples of a backbone cannot be used yet", error)
+        return False
+    training.troubles.over("the samples of a backbone cannot be used yet")
     return read >= SAMPLES_AT_A_TIME
 
 
@@ -321,7 +368,11 @@ def _evaluation_due(training: Training, *, settled: bool, seconds: float, settin
 
 
 def _evaluate(training: Training, store: Store, settings: CoordinatorSettings, now: Now) -> None:
-    training.measurements = evaluate(training.cache, training.learner, settings.training.evaluate_samples, training.plan.task)
+    largest = settings.training.evaluate_samples
+    if isinstance(training.learner, LanguageLearner):
+        training.measurements = evaluate_language(training.cache, training.learner, largest)
+    else:
+        training.measurements = evaluate(training.cache, training.learner, largest, training.plan.task)
     training.measured = (training.step, training.seen)
     at = now()
     try:

@@ -7,6 +7,7 @@ from collections import Counter
 
 from coordinator.files import file_trouble
 from coordinator.store.errors import StoreUnavailable
+from side_tuning.backbone_manifest import BackboneError
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +19,7 @@ class Troubles:
         self.in_a_row: Counter[str] = Counter()
         self._newest: dict[str, str] = {}
 
-    def note(self, what: str, error: StoreUnavailable | OSError) -> None:
+    def note(self, what: str, error: StoreUnavailable | OSError | BackboneError) -> None:
         """Say that `what` failed: aloud the first time, for those who debug every time."""
         self.in_a_row[what] += 1
         said = str(error)

@@ -23,6 +23,12 @@ from torch import Tensor
 
 from side_tuning.network.alignment import Alignment, AlignmentConfig
 from side_tuning.network.anchor_map import AnchorMap
+from side_tuning.network.language import (
+    LanguageAlignment,
+    LanguageAlignmentConfig,
+    LanguageLadder,
+    LanguageLadderConfig,
+)
 from side_tuning.network.side_network import SideNetwork, SideNetworkConfig
 from side_tuning.wire.bounded import FrameError
 from side_tuning.wire.codecs import decode_vectors, encode_vectors, encoded_bytes
@@ -36,21 +42,25 @@ GROUP = 128  # values of a row that share a scale
 _STATISTICS = ("mean", "variance", "spread")  # of channels, whose sizes differ too much for a common scale
 _TYPES = {torch.float32: "F32", torch.float16: "F16", torch.int64: "I64"}
 
-Network = TypeVar("Network", SideNetwork, Alignment, AnchorMap)
+Network = TypeVar("Network", SideNetwork, Alignment, AnchorMap, LanguageLadder, LanguageAlignment)
 
 
 class NetworkFileError(ValueError):
     """A ladder or alignment file that cannot be used; the text says why."""
 
 
-def save_ladder(ladder: SideNetwork, path: Path | None = None, precision: CodecName | None = None) -> bytes:
+def save_ladder(ladder: SideNetwork | LanguageLadder, path: Path | None = None, precision: CodecName | None = None) -> bytes:
     """The ladder as safetensors bytes, its matrices in `precision` if given; written to `path` too, if given."""
-    return _save(ladder.state_dict(), {"kind": "ladder", **asdict(ladder.config)}, path, precision)
+    kind = "language-ladder" if isinstance(ladder, LanguageLadder) else "ladder"
+    return _save(ladder.state_dict(), {"kind": kind, **asdict(ladder.config)}, path, precision)
 
 
-def save_alignment(alignment: Alignment | AnchorMap, path: Path | None = None, precision: CodecName | None = None) -> bytes:
+def save_alignment(
+    alignment: Alignment | AnchorMap | LanguageAlignment, path: Path | None = None, precision: CodecName | None = None
+) -> bytes:
     """The alignment, trained or fixed by anchors, as `save_ladder` does it."""
-    kind = "anchor-map" if isinstance(alignment, AnchorMap) else "alignment"
+    kinds = {Alignment: "alignment", AnchorMap: "anchor-map", LanguageAlignment: "language-alignment"}
+    kind = kinds[type(alignment)]
     return _save(alignment.state_dict(), {"kind": kind, **asdict(alignment.config)}, path, precision)
 
 
@@ -60,9 +70,7 @@ def load_ladder(source: Path | bytes) -> SideNetwork:
     mode = config.get("mode")
     if mode not in get_args(Mode):
         raise NetworkFileError(f"ladder: mode is {mode!r:.80}, not one of {', '.join(get_args(Mode))}")
-    dropout = config.get("dropout")
-    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
-        raise NetworkFileError(f"ladder: dropout is {dropout!r:.80}, not a number from 0 to below 1")
+    dropout = _dropout(config)
     try:
         wanted = SideNetworkConfig(
             side_width=_whole(config, "side_width", MAX_SIDE_WIDTH),
@@ -71,7 +79,7 @@ def load_ladder(source: Path | bytes) -> SideNetwork:
             mode=cast("Mode", mode),
             heads=_whole(config, "heads", 256),
             expansion=_whole(config, "expansion", 64),
-            dropout=float(dropout),
+            dropout=dropout,
             entry_width=_whole({"entry_width": 0, **config}, "entry_width", MAX_WIDTH_IN, low=0),
         )
     except NetworkFileError:
@@ -95,6 +103,42 @@ def load_alignment(source: Path | bytes) -> Alignment | AnchorMap:
     wanted = AlignmentConfig(width_in, _whole(config, "side_width", MAX_SIDE_WIDTH), blocks)
     with torch.device("meta"):
         alignment = Alignment(wanted.width_in, wanted.side_width, wanted.blocks)
+    return _fill(alignment, data, header, config)
+
+
+def load_language_ladder(source: Path | bytes) -> LanguageLadder:
+    """Inverse of `save_ladder` for a language model's, ready for inference."""
+    data, header, config = _open(source, ("language-ladder",))
+    dropout = _dropout(config)
+    try:
+        wanted = LanguageLadderConfig(
+            side_width=_whole(config, "side_width", MAX_SIDE_WIDTH),
+            blocks=_whole(config, "blocks", MAX_BLOCKS),
+            heads=_whole(config, "heads", 256),
+            expansion=_whole(config, "expansion", 64),
+            dropout=dropout,
+        )
+    except NetworkFileError:
+        raise
+    except ValueError as error:
+        raise NetworkFileError(f"language-ladder: {error}") from error
+    with torch.device("meta"):
+        ladder = LanguageLadder(wanted)
+    return _fill(ladder, data, header, config)
+
+
+def load_language_alignment(source: Path | bytes) -> LanguageAlignment:
+    """Inverse of `save_alignment` for a language model's, ready for inference."""
+    data, header, config = _open(source, ("language-alignment",))
+    wanted = LanguageAlignmentConfig(
+        width_in=_whole(config, "width_in", MAX_WIDTH_IN),
+        token_width=_whole(config, "token_width", MAX_WIDTH_IN),
+        width=_whole(config, "width", MAX_WIDTH_IN),
+        side_width=_whole(config, "side_width", MAX_SIDE_WIDTH),
+        blocks=_whole(config, "blocks", MAX_BLOCKS),
+    )
+    with torch.device("meta"):
+        alignment = LanguageAlignment(wanted)
     return _fill(alignment, data, header, config)
 
 
@@ -133,6 +177,13 @@ def _whole(config: dict[str, Any], name: str, high: int, *, low: int = 1) -> int
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise NetworkFileError(f"{config['kind']}: {name} is {value!r:.80}, not a whole number from {low} to {high}")
     return value
+
+
+def _dropout(config: dict[str, Any]) -> float:
+    dropout = config.get("dropout")
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
+        raise NetworkFileError(f"{config['kind']}: dropout is {dropout!r:.80}, not a number from 0 to below 1")
+    return float(dropout)
 
 
 def _is_encoded(name: str, tensor: Tensor) -> bool:

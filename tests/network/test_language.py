@@ -7,6 +7,14 @@ import torch
 from torch.nn import functional as F
 
 from side_tuning.network import vocabulary
+from side_tuning.network.files import (
+    NetworkFileError,
+    load_ladder,
+    load_language_alignment,
+    load_language_ladder,
+    save_alignment,
+    save_ladder,
+)
 from side_tuning.network.language import (
     LanguageAlignment,
     LanguageAlignmentConfig,
@@ -20,6 +28,7 @@ from side_tuning.network.vocabulary import (
     mean_loss,
     token_losses,
 )
+from side_tuning.wire.messages import CodecName
 
 N, B, T, S, R, E, D = 2, 3, 7, 16, 12, 10, 24
 
@@ -106,3 +115,24 @@ def test_loss_and_gradient_in_pieces_are_those_of_the_whole(entries: Vocabulary,
     losses, right = token_losses(h, entries, targets)
     torch.testing.assert_close(losses.mean(), wanted)
     assert right.tolist() == ((h @ entries.rows(0, 50).T).argmax(-1) == targets).tolist()
+
+
+@pytest.mark.parametrize("precision", [None, "int8"])
+def test_the_files_of_a_language_model_come_back(precision: CodecName | None) -> None:
+    alignment, ladder = made()
+    x, e, last = inputs()
+    back, back_ladder = (
+        load_language_alignment(save_alignment(alignment, precision=precision)),
+        load_language_ladder(save_ladder(ladder, precision=precision)),
+    )
+    assert (back.config, back_ladder.config) == (alignment.config, ladder.config)
+    wanted, found = hidden(alignment, ladder, x, e, last).detach(), hidden(back, back_ladder, x, e, last).detach()
+    assert float((found - wanted).norm() / wanted.norm()) < (1e-6 if precision is None else 0.05)
+
+
+def test_files_of_classification_and_of_language_models_are_not_taken_for_each_other() -> None:
+    alignment, ladder = made()
+    with pytest.raises(NetworkFileError, match="kind 'ladder'"):
+        load_ladder(save_ladder(ladder))
+    with pytest.raises(NetworkFileError, match="kind 'language-alignment'"):
+        load_language_alignment(save_alignment(alignment.taps))

@@ -160,5 +160,5 @@ def test_large_values_are_clipped_not_infinite(store: Store, tmp_path: Path) -> 
     shard = cache.open_shard(SHALLOW, (1, 2), 3)
     from coordinator.training.tap_cache import Entry
 
-    cache.commit(cache.append(shard, [Entry(1, "attic", 0, held_out=False, vectors=np.full((1, 2, 3), 1e6, np.float32))]), 1)
+    cache.commit(cache.append(shard, [Entry(1, "attic", 0, held_out=False, vectors=np.full((1, 6), 1e6, np.float32))]), 1)
     assert np.isfinite(cache.gather(np.array([0]))[0].inputs).all()
