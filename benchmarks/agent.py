@@ -31,6 +31,7 @@ from benchmarks.figures import Bar, print_bars, write_json
 from coordinator.demonstration.data import load_dataset
 from coordinator.demonstration.toml import write_toml
 from side_tuning.backbone_manifest import BackboneError, Weights, check_artifact
+from side_tuning.wire.frame import Frame
 from side_tuning.wire.messages import TapPlan
 from tests.backbones.models import minilm_folder
 from tests.brokers import mosquitto
@@ -111,20 +112,32 @@ def prepare_backbone(model: Path, weights: Weights, out: Path) -> Path:
     return out
 
 
-def agent_turn(backbone: Path, rows: Path, samples: int, folder: Path) -> Turn:
-    """`edge-agent run` over the rows until everything is receipted; a frame is a batch, and its arrival is what the clock sees."""
+def agent_turn(backbone: Path, rows: Path, samples: int, folder: Path, *, plan: TapPlan | None = None, batch: int = BATCH, sent: list[Frame] | None = None) -> Turn:
+    """`edge-agent run` over the rows until everything is receipted; a frame is a batch, and its arrival is what the clock sees.
+
+    Args:
+        backbone: prepared.
+        rows: the device's file.
+        samples: how many it holds.
+        folder: for everything of this turn.
+        plan: the default tells classes apart.
+        batch: texts run forward at once, and in a frame.
+        sent: gets the frames.
+
+    """
     device = "kitchen"
+    plan = plan or TapPlan(1, ("0", "1"), blocks=BLOCKS, max_tokens=MAX_TOKENS, frame_samples=batch)
     marks: list[tuple[float, float]] = []  # of each frame that has come: when, and the processor time up to then
     with (
         mosquitto(folder / "broker") as broker, Receiver(broker.settings, device, persistent=False) as receiver, (folder / "log").open("wb") as log,
     ):  # fmt: skip
         write_toml(folder / "agent.toml", {
             "device": device, "state_directory": "state", "broker": {"host": "127.0.0.1", "port": broker.port, "tls": False},
-            "backbone": {"folder": str(backbone), "batch_size": BATCH, "threads": 1}, "sources": [{"kind": "file", "path": str(rows)}],
+            "backbone": {"folder": str(backbone), "batch_size": batch, "threads": 1}, "sources": [{"kind": "file", "path": str(rows)}],
             "health": {"every_seconds": 3600.0}, "run": {"exit_when_done": True},
         })  # fmt: skip
         wait_until(lambda: receiver.connection.connected, 30, "the receiver is connected")
-        receiver.publish_plan(TapPlan(1, ("0", "1"), blocks=BLOCKS, max_tokens=MAX_TOKENS, frame_samples=BATCH))
+        receiver.publish_plan(plan)
         began, ready = time.monotonic(), 0.0
         command = [sys.executable, "-m", "edge_agent.cli", "run", "--config", str(folder / "agent.toml")]
         agent = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **ENVIRONMENT})
@@ -146,9 +159,11 @@ def agent_turn(backbone: Path, rows: Path, samples: int, folder: Path) -> Turn:
             raise RuntimeError(f"the agent ended with {agent.returncode}, {len(receiver.sample_ids())} of {samples} samples came:\n{(folder / 'log').read_text()[-2000:]}")
         wait_until(lambda: receiver.health[-1].presence == "offline", 10, "the agent's goodbye")
         peak = receiver.health[-1].peak_rss_bytes
+        if sent is not None:
+            sent += [frame for frame in receiver.frames.values() if isinstance(frame, Frame)]
     assert peak is not None
     first, last = marks[0], marks[-1]
-    return Turn((last[0] - first[0]) / (samples - BATCH), (last[1] - first[1]) / (samples - BATCH), peak, ready, first[0] - began)
+    return Turn((last[0] - first[0]) / (samples - batch), (last[1] - first[1]) / (samples - batch), peak, ready, first[0] - began)
 
 
 def limit_turn(model: Path, rows: Path) -> Turn:
