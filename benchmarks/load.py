@@ -14,43 +14,25 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-CONNACK, PUBLISH, PUBACK, SUBACK = 0x20, 0x30, 0x40, 0x90
+from side_tuning.mqtt_packets import PUBACK, PUBLISH, packet, text, variable_length
+
+CONNACK, SUBACK = 0x20, 0x90
 LOOK_SECONDS = 0.002  # between two looks at how much is committed
 CONNECTING = 64  # sessions that are opened at once
 
 
-def _length(size: int) -> bytes:
-    """MQTT's variable byte integer."""
-    out = bytearray()
-    while True:
-        size, digit = divmod(size, 128)
-        out.append(digit | (0x80 if size else 0))
-        if not size:
-            return bytes(out)
-
-
-def _text(value: str) -> bytes:
-    data = value.encode()
-    return struct.pack("!H", len(data)) + data
-
-
-def _packet(kind: int, *parts: bytes) -> bytes:
-    body = b"".join(parts)
-    return bytes([kind]) + _length(len(body)) + body
-
-
 def connect_packet(name: str) -> bytes:
-    return _packet(0x10, _text("MQTT"), b"\x05\x02", struct.pack("!H", 600), b"\x00", _text(name))
+    return packet(0x10, text("MQTT"), b"\x05\x02", struct.pack("!H", 600), b"\x00", text(name))
 
 
 def subscribe_packet(topic: str) -> bytes:
-    return _packet(0x82, b"\x00\x01", b"\x00", _text(topic), b"\x01")
+    return packet(0x82, b"\x00\x01", b"\x00", text(topic), b"\x01")
 
 
 def publish_packet(topic: str, payload: bytes, properties: dict[str, str], mid: int) -> bytes:
     """A QoS 1 message with user properties, as `BrokerConnection.publish` sends it."""
-    users = b"".join(b"\x26" + _text(key) + _text(value) for key, value in properties.items())
-    return _packet(PUBLISH | 2, _text(topic), struct.pack("!H", mid), _length(len(users)), users, payload)
+    users = b"".join(b"\x26" + text(key) + text(value) for key, value in properties.items())
+    return packet(PUBLISH | 2, text(topic), struct.pack("!H", mid), variable_length(len(users)), users, payload)
 
 
 @dataclass
@@ -88,8 +70,8 @@ class Session:
         if not data:
             raise ConnectionError(f"the broker closed the connection of {self.name}")
         self.received += data
-        while (packet := self._next_packet()) is not None:
-            self._take(*packet)
+        while (came := self._next_packet()) is not None:
+            self._take(*came)
 
     def _next_packet(self) -> tuple[int, bytes] | None:
         size, shift, place = 0, 0, 1
@@ -121,7 +103,7 @@ class Session:
             (topic_bytes,) = struct.unpack_from("!H", body)
             place = 2 + topic_bytes
             if kind & 0x06:
-                self.send(_packet(PUBACK, body[place : place + 2]))
+                self.send(packet(PUBACK, body[place : place + 2]))
                 place += 2
             self.receipt = body[place + 1 + body[place] :]  # properties of a receipt are shorter than 128 bytes
 
