@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from edge_agent.exit_codes import CONFIG_ERROR
-from edge_agent.samples import Refusal, RowError, Sample, label_index, open_sources
+from edge_agent.samples import Refusal, RowError, Sample, label_index, open_sources, target_of
 from edge_agent.settings import FileSourceSettings
 from side_tuning.wire.bounded import FrameError
 from side_tuning.wire.messages import TapPlan
@@ -22,8 +22,9 @@ BATCH_SAMPLES = 32
 def export_taps(backbone_folder: Path, plan: TapPlan, samples: Path, out: Path, *, limit: int | None = None) -> int:
     """Write taps, labels, splits and token counts of the first `limit` samples to `out` (safetensors); returns how many.
 
-    Tensors: `layer.N` float32 (rows, width), `label` int64 (-1 for none), `held_out` bool, `tokens` int64; of a language model
-    also `token_ids` int64 (sum of tokens + 1 per sample) and `supervised_from` int64, as in a frame.
+    Tensors: `layer.N` float32 (rows, width), `label` int64 (-1 for none), `held_out` bool, `tokens` int64; of a regression
+    also `target` float64 (NaN for none); of a language model `token_ids` int64 (sum of tokens + 1 per sample) and `supervised_from`
+    int64, as in a frame.
     """
     import numpy as np
     from safetensors.numpy import save_file
@@ -45,11 +46,14 @@ def export_taps(backbone_folder: Path, plan: TapPlan, samples: Path, out: Path, 
         supervised_from += matrices.supervised_from or []
         for layer, vectors in matrices.values.items():
             values[layer].append(vectors)
-    labels = [None if plan.task == "causal-lm" else label_index(row.label, plan.labels) for row in rows]
+    labels = [label_index(row.label, plan.labels) if plan.task == "classification" else None for row in rows]
     tensors = {f"layer.{layer}": np.concatenate(parts) for layer, parts in values.items()}
     tensors["label"] = np.array([-1 if label is None else label for label in labels], np.int64)
     tensors["held_out"] = np.array([row.split == "held-out" for row in rows])
     tensors["tokens"] = np.array(tokens, np.int64)
+    if plan.task == "regression":
+        targets = [target_of(row.label) for row in rows]
+        tensors["target"] = np.array([np.nan if target is None else target for target in targets], np.float64)
     if token_ids:
         tensors["token_ids"] = np.concatenate(token_ids)
         tensors["supervised_from"] = np.array(supervised_from, np.int64)

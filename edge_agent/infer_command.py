@@ -1,8 +1,9 @@
-"""`edge-agent infer`: labels for a text or for a file's rows, with the score where the rows carry labels."""
+"""`edge-agent infer`: labels (or numbers, where the task is regression) for a text or for a file's rows, with the score where the rows carry labels."""
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,11 +14,12 @@ import typer
 from edge_agent import exit_codes
 from edge_agent.backbone import TextError
 from edge_agent.health import peak_rss_bytes
-from edge_agent.inference import CheckpointError, Prediction, Predictor, open_predictor
+from edge_agent.inference import CheckpointError, Estimate, Prediction, Predictor, open_predictor
 from edge_agent.memory import return_memory_early
 from edge_agent.sample_files import FileSource
-from edge_agent.samples import Refusal, RowError, Sample, label_index
+from edge_agent.samples import Refusal, RowError, Sample, label_index, target_of
 from edge_agent.settings import AgentSettings, ConfigError, FileSourceSettings
+from side_tuning.tasks import METRICS, correlation
 
 ROWS_AT_A_TIME = 64
 REFUSALS_SHOWN = 10
@@ -28,6 +30,7 @@ class _Sums:
     samples: int = 0
     labelled: int = 0
     correct: int = 0
+    pairs: list[tuple[float, float]] = field(default_factory=list)  # of a regression: estimate and target
     refused: int = 0
     predictions: list[dict[str, Any]] = field(default_factory=list)
 
@@ -49,7 +52,8 @@ def label_text(settings: AgentSettings, text: str | tuple[str, str], *, as_json:
     if as_json:
         typer.echo(json.dumps({**asdict(prediction), "checkpoint": predictor.generation}))
     else:
-        typer.echo(f"{prediction.label}  {prediction.probability:.3f}  (checkpoint {predictor.generation})")
+        said = f"{prediction.value:.4g}" if isinstance(prediction, Estimate) else f"{prediction.label}  {prediction.probability:.3f}"
+        typer.echo(f"{said}  (checkpoint {predictor.generation})")
 
 
 def label_file(settings: AgentSettings, path: Path, *, as_json: bool, with_predictions: bool) -> None:
@@ -64,12 +68,12 @@ def label_file(settings: AgentSettings, path: Path, *, as_json: bool, with_predi
                 if refusal.reason in ("file missing", "file unreadable"):
                     raise typer.Exit(exit_codes.CRASH)
         _label(predictor, [row for row in rows if isinstance(row, Sample)], sums, keep=with_predictions)
+    metric = METRICS[predictor.task]
     report = {
         "samples": sums.samples,
         "labelled": sums.labelled,
-        "correct": sums.correct,
-        "metric": "accuracy",
-        "score": sums.correct / sums.labelled if sums.labelled else None,
+        **_scored(predictor, sums),
+        "metric": metric.name,
         "refused": sums.refused,
         "checkpoint": predictor.generation,
         "peak_rss_mb": round(peak_rss_bytes() / 2**20, 1),
@@ -78,33 +82,49 @@ def label_file(settings: AgentSettings, path: Path, *, as_json: bool, with_predi
         typer.echo(json.dumps({**report, "predictions": sums.predictions} if with_predictions else report))
         return
     for row in sums.predictions:
-        typer.echo(f"{row['label']}  {row['probability']:.3f}  {row['text']}")
-    score = "no row carries a label" if report["score"] is None else f"{sums.correct} of {sums.labelled} right: {report['score']:.2%}"
+        typer.echo(f"{row['value']:.4g}  {row['text']}" if "value" in row else f"{row['label']}  {row['probability']:.3f}  {row['text']}")
+    right = f"{sums.correct} of {sums.labelled} right: " if predictor.task == "classification" else ""
+    score = f"{right}{metric.said(report['score'])}" if sums.labelled else "no row carries a label"
     typer.echo(f"{sums.samples} samples, {score}; {sums.refused} refused; checkpoint {predictor.generation}; peak memory {report['peak_rss_mb']} MB")
 
 
+def _scored(predictor: Predictor, sums: _Sums) -> dict[str, Any]:
+    """As the coordinator scores the same samples."""
+    if predictor.task == "classification":
+        return {"correct": sums.correct, "score": sums.correct / sums.labelled if sums.labelled else None}
+    estimates, targets = [e for e, _ in sums.pairs], [t for _, t in sums.pairs]
+    errors = [(e - t) ** 2 for e, t in sums.pairs]
+    return {
+        "mean_squared_error": math.fsum(errors) / len(errors) if errors else None,
+        "score": correlation(estimates, targets) if sums.pairs else None,
+    }
+
+
 def _label(predictor: Predictor, samples: list[Sample], sums: _Sums, *, keep: bool) -> None:
-    known: list[tuple[Sample, int | None]] = []
+    known: list[tuple[Sample, float | None]] = []
     for sample in samples:
         try:
-            known.append((sample, label_index(sample.label, predictor.labels)))
+            known.append((sample, target_of(sample.label) if predictor.task == "regression" else label_index(sample.label, predictor.labels)))
         except RowError as error:
             sums.refuse(f"{sample.where}: {error}")
-    for (sample, label), prediction in zip(known, _predict(predictor, known, sums), strict=True):
+    for (sample, expected), prediction in zip(known, _predict(predictor, known, sums), strict=True):
         if prediction is None:
             continue
         sums.samples += 1
-        sums.labelled += label is not None
-        sums.correct += label == prediction.index
+        sums.labelled += expected is not None
+        if not isinstance(prediction, Estimate):
+            sums.correct += expected == prediction.index
+        elif expected is not None:
+            sums.pairs.append((prediction.value, expected))
         if keep:
             text = sample.text if isinstance(sample.text, str) else " | ".join(sample.text)
-            expected = None if label is None else predictor.labels[label]
-            sums.predictions.append({"id": sample.id, "text": text, "expected": expected, **asdict(prediction)})
+            wanted = predictor.labels[int(expected)] if predictor.labels and expected is not None else expected
+            sums.predictions.append({"id": sample.id, "text": text, "expected": wanted, **asdict(prediction)})
 
 
-def _predict(predictor: Predictor, known: list[tuple[Sample, int | None]], sums: _Sums) -> list[Prediction | None]:
+def _predict(predictor: Predictor, known: list[tuple[Sample, float | None]], sums: _Sums) -> list[Prediction | Estimate | None]:
     """Predictions in order; None for a text that the backbone's tokenizer makes nothing of."""
-    found: list[Prediction | None] = [None] * len(known)
+    found: list[Prediction | Estimate | None] = [None] * len(known)
     left = list(range(len(known)))
     while left:
         try:

@@ -1,4 +1,4 @@
-"""Backbone and the current side network together: text in, label out.
+"""Backbone and the current side network together: text in, label or number out.
 
 The taps pass through the checkpoint's own codec before the side network sees them, as they did in training.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from side_tuning.network.anchor_map import AnchorMap
     from side_tuning.network.side_network import SideNetwork
 
-__all__ = ["CheckpointError", "Prediction", "Predictor", "load_networks", "open_predictor"]
+__all__ = ["CheckpointError", "Estimate", "Prediction", "Predictor", "load_networks", "open_predictor"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,13 @@ class Prediction:
     label: str
     index: int
     probability: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a regression says, in the unit of its targets."""
+
+    value: float
 
 
 class Predictor:
@@ -49,6 +56,7 @@ class Predictor:
             )
         self.checkpoint = checkpoint
         self.labels = checkpoint.manifest.plan.labels
+        self.task = checkpoint.manifest.plan.task
         self._backbone = backbone
         self._batch_size = batch_size
         check_plan(checkpoint.manifest.plan, backbone.manifest)
@@ -58,19 +66,19 @@ class Predictor:
     def generation(self) -> int:
         return self.checkpoint.manifest.generation
 
-    def predict(self, texts: Texts) -> list[Prediction]:
-        """The most probable label of each text (or pair of texts), in order.
+    def predict(self, texts: Texts) -> Sequence[Prediction | Estimate]:
+        """The most probable label of each text (or pair of texts), in order; a number each where the task is regression.
 
         Raises:
             TextError: a text without words; its `index` counts within `texts`.
 
         """
-        found: list[Prediction] = []
+        found: list[Prediction | Estimate] = []
         for start in range(0, len(texts), self._batch_size):
             found += self._predict_batch(texts[start : start + self._batch_size], start)
         return found
 
-    def _predict_batch(self, texts: Texts, start: int) -> list[Prediction]:
+    def _predict_batch(self, texts: Texts, start: int) -> Sequence[Prediction | Estimate]:
         import numpy as np
 
         from side_tuning.network.side_network import block_inputs, pad_tokens, predict_logits
@@ -87,6 +95,8 @@ class Predictor:
                 taps[layer], mask = pad_tokens(rows, matrices.tokens)
         inputs = block_inputs(taps, plan.layers(self._backbone.manifest.layers))
         logits = predict_logits(self._alignment, self._ladder, inputs, mask)
+        if self.task == "regression":
+            return [Estimate(float(row[0])) for row in logits]
         odds = np.exp(logits - logits.max(axis=1, keepdims=True))
         probabilities = odds / odds.sum(axis=1, keepdims=True)
         best = probabilities.argmax(axis=1)
@@ -105,7 +115,7 @@ def load_networks(checkpoint: StoredCheckpoint, backbone: BackboneManifest) -> t
     plan = manifest.plan
     width_in = backbone.width if plan.mode == "pooled" else plan.rank
     facts: Sequence[tuple[str, object, object]] = (
-        ("classes", ladder.config.classes, len(plan.labels)),
+        ("classes", ladder.config.classes, 1 if plan.task == "regression" else len(plan.labels)),
         ("blocks", ladder.config.blocks, plan.blocks),
         ("blocks of the alignment", alignment.config.blocks, plan.blocks),
         ("width of the alignment's input", alignment.config.width_in, width_in),

@@ -7,6 +7,7 @@ identical rows are distinct samples; or the hash of the row's own `id`. Memory g
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -24,7 +25,7 @@ OTHER_NAMES: dict[Column, Column] = {"text_a": "prompt", "text_b": "response"}
 class Sample:
     id: str
     text: str | tuple[str, str]
-    label: str | int | None
+    label: str | float | None  # a class's name or number, or the number that a regression is trained on
     split: Split
     where: str = ""  # file:line or topic, for people
 
@@ -119,7 +120,7 @@ class Given:
 
 def parse_fields(
     fields: dict[str, Any], settings: AnySourceSettings,
-) -> tuple[str | tuple[str, str], str | int | None, Split | None, str | None]:
+) -> tuple[str | tuple[str, str], str | float | None, Split | None, str | None]:
     """Text, label, split and own id of a row; raises `RowError`."""
 
     def name_of(column: Column) -> str:
@@ -164,20 +165,20 @@ def parse_fields(
     return text, _label(value("label"), settings), split, None if own_id is None else str(own_id)
 
 
-def _label(label: Any, settings: AnySourceSettings) -> str | int | None:
+def _label(label: Any, settings: AnySourceSettings) -> str | float | None:
     if label in ("", None) or not settings.send_labels:
         return None
-    if isinstance(label, bool) or not isinstance(label, str | int):
-        raise RowError("wrong field", f"label is {label!r:.80}, not a name or a whole number")
+    if isinstance(label, bool) or not isinstance(label, str | int | float):
+        raise RowError("wrong field", f"label is {label!r:.80}, not a name or a number")
     if settings.labels is None or label in settings.labels:
         return label
-    index = int(label) if isinstance(label, int) or (label.isascii() and label.isdigit()) else -1
+    index = int(label) if _is_whole(label) else -1
     if not 0 <= index < len(settings.labels):
         raise RowError("unknown label", f"label {label!r:.80} is none of the {len(settings.labels)} labels that this source states")
     return settings.labels[index]
 
 
-def label_index(label: str | int | None, labels: tuple[str, ...]) -> int | None:
+def label_index(label: str | float | None, labels: tuple[str, ...]) -> int | None:
     """The place of a sample's label in the plan's labels; None without a label.
 
     Raises:
@@ -188,10 +189,37 @@ def label_index(label: str | int | None, labels: tuple[str, ...]) -> int | None:
         return None
     if label in labels:
         return labels.index(str(label))
-    digits = isinstance(label, int) or (label.isascii() and label.isdigit() and len(label) < 10)
-    if digits and 0 <= int(label) < len(labels):
+    if _is_whole(label) and 0 <= int(label) < len(labels):
         return int(label)
     raise RowError("unknown label", f"label {label!r:.80} is not among the plan's {len(labels)} labels ({_some(labels)}); correct it, or add the label to the coordinator's task.labels")
+
+
+def target_of(label: str | float | None) -> float | None:
+    """The number that a regression is trained on; None without a label.
+
+    Raises:
+        RowError: it is no finite number.
+
+    """
+    from side_tuning.wire.frame import LARGEST_TARGET
+
+    if label is None:
+        return None
+    try:
+        target = float(label)
+    except (ValueError, OverflowError):
+        target = math.nan
+    if not abs(target) <= LARGEST_TARGET:  # not a number neither
+        raise RowError(
+            "no number",
+            f"label {label!r:.80} is no number from {-LARGEST_TARGET:g} to {LARGEST_TARGET:g}, and the tap plan's task is regression; "
+            'write a number, or name the column that has it in the source\'s columns: columns = {label = "score"}',
+        )
+    return target
+
+
+def _is_whole(label: str | float) -> bool:
+    return isinstance(label, int) or (isinstance(label, str) and label.isascii() and label.isdigit() and len(label) < 10)
 
 
 def _some(labels: tuple[str, ...]) -> str:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Protocol
 
 from edge_agent.sample_files import FileSource, FolderSource
-from edge_agent.sample_rows import AnySourceSettings, Refusal, RowError, Sample, label_index
+from edge_agent.sample_rows import AnySourceSettings, Refusal, RowError, Sample, label_index, target_of
 from edge_agent.settings import FileSourceSettings, FolderSourceSettings
 
-__all__ = ["Refusal", "RowError", "Sample", "SampleSource", "label_index", "open_sources"]
+__all__ = ["Refusal", "RowError", "Sample", "SampleSource", "label_index", "open_sources", "target_of"]
 
 
 class SampleSource(Protocol):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from side_tuning.wire.messages import Task
@@ -43,6 +44,17 @@ METRICS: Mapping[Task, Metric] = {
     "regression": Metric("correlation"),  # Pearson's, between predictions and targets
     "causal-lm": Metric("bits per byte", higher_is_better=False),
 }
+
+
+def correlation(predictions: Sequence[float], targets: Sequence[float]) -> float:
+    """Pearson's, 0 where it is not defined (fewer than two, or all alike). The order changes no bit: device and coordinator agree."""
+    n = len(predictions)
+    if n < 2:
+        return 0.0
+    mean_p, mean_t = math.fsum(predictions) / n, math.fsum(targets) / n
+    p, t = [value - mean_p for value in predictions], [value - mean_t for value in targets]
+    spread = math.sqrt(math.fsum(v * v for v in p) * math.fsum(v * v for v in t))
+    return math.fsum(a * b for a, b in zip(p, t, strict=True)) / spread if spread > 0 else 0.0
 
 
 def said_of(metrics: Mapping[str, object]) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import get_args
 
-from side_tuning.tasks import METRICS, said_of
+import numpy as np
+import pytest
+
+from side_tuning.tasks import METRICS, correlation, said_of
 from side_tuning.wire.messages import Task
 
 
@@ -20,6 +23,17 @@ def test_the_worst_of_several_scores_respects_the_metrics_sense():
     scores = [0.5, 2.0, 1.0]
     assert min(scores, key=METRICS["regression"].rank) == 0.5
     assert min(scores, key=METRICS["causal-lm"].rank) == 2.0
+
+
+def test_correlation_is_pearsons_whatever_the_order():
+    generator = np.random.default_rng(0)
+    targets = generator.normal(size=500)
+    predictions = (0.7 * targets + generator.normal(size=500)).astype(np.float32)
+    found = correlation(predictions.tolist(), targets.tolist())
+    assert found == pytest.approx(np.corrcoef(predictions, targets)[0, 1], abs=1e-12)
+    order = generator.permutation(500)
+    assert correlation(predictions[order].tolist(), targets[order].tolist()) == found
+    assert correlation([1.0], [2.0]) == correlation([1.0, 1.0], [2.0, 3.0]) == correlation([], []) == 0.0
 
 
 def test_a_checkpoints_metrics_say_their_score_whichever_task_it_was_made_for():

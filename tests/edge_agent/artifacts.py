@@ -31,7 +31,7 @@ class Checkpoint:
         backbone = read_manifest(backbone_folder)
         self.plan = plan(**changes)
         torch.manual_seed(seed if ladder_seed is None else ladder_seed)
-        self.ladder = SideNetwork(SideNetworkConfig(32, self.plan.blocks, len(self.plan.labels), self.plan.mode))
+        self.ladder = SideNetwork(SideNetworkConfig(32, self.plan.blocks, len(self.plan.labels) or 1, self.plan.mode))
         torch.manual_seed(seed)
         width = backbone.width if self.plan.mode == "pooled" else self.plan.rank
         self.alignment = Alignment(width, 32, self.plan.blocks)

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from edge_agent.checkpoint_store import CheckpointStore
@@ -200,6 +201,24 @@ def test_infer_labels_a_text_and_a_file(tmp_path: Path, minilm: Path, signing_ke
     assert f"{texts}:91" in done.stderr
     assert "unheard of" in done.stderr
     assert "91 samples" in edge_agent("infer", "--file", str(texts), "--config", str(config)).stdout
+
+
+def test_infer_estimates_a_number_and_scores_a_file_by_correlation(tmp_path: Path, minilm: Path, signing_key: Any) -> None:
+    config = write_config(tmp_path, minilm)
+    install_checkpoint(tmp_path / "state", Checkpoint(minilm, signing_key, 3, labels=(), task="regression"))
+    one = json.loads(edge_agent("infer", "turn on the light", "--json", "--config", str(config)).stdout)
+    assert set(one) == {"value", "checkpoint"}
+    rows = [{"text": f"sentence number {n}", "label": n / 10} for n in range(40)]
+    texts = tmp_path / "test.jsonl"
+    texts.write_text("\n".join([*(json.dumps(row) for row in rows), '{"text": "x", "label": "high"}', '{"text": "no number"}']))
+    done = edge_agent("infer", "--file", str(texts), "--json", "--predictions", "--config", str(config))
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["samples"], report["labelled"], report["refused"], report["metric"]) == (41, 40, 1, "correlation")
+    known = [(p["value"], p["expected"]) for p in report["predictions"] if p["expected"] is not None]
+    assert report["score"] == pytest.approx(np.corrcoef(*zip(*known, strict=True))[0, 1])
+    assert report["mean_squared_error"] == pytest.approx(np.mean([(value - wanted) ** 2 for value, wanted in known]))
+    assert "correlation" in edge_agent("infer", "--file", str(texts), "--config", str(config)).stdout
 
 
 def test_infer_wants_one_thing(tmp_path: Path, minilm: Path) -> None:

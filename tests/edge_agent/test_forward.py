@@ -58,5 +58,14 @@ def test_unknown_labels_and_empty_texts_are_refused_one_by_one(backbone):
     assert told["00000003"].startswith("rows.jsonl:3: the text is empty")
 
 
+def test_the_numbers_of_a_regression_go_with_their_samples(backbone):
+    refused = {}
+    batch = [sample(1, label=4.5), sample(2, label="2"), sample(3, label=None), sample(4, text=("a", "b"), label="light")]
+    tapped = tap_samples(backbone, batch, plan(labels=(), task="regression"), lambda name, reason, words: refused.update({name: (reason, words)}))
+    assert [(t.info.label, t.info.target) for t in tapped] == [(None, 4.5), (None, 2.0), (None, None)]
+    assert refused["00000004"][0] == "no number"
+    assert "the tap plan's task is regression" in refused["00000004"][1]
+
+
 def test_a_batch_without_a_usable_sample_gives_nothing(backbone):
     assert tap_samples(backbone, [sample(1, text=" ")], plan(), lambda *_: None) == []

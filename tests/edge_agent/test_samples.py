@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_agent.sample_files import FileSource, FolderSource
-from edge_agent.samples import Refusal, RowError, Sample, label_index, open_sources
+from edge_agent.samples import Refusal, RowError, Sample, label_index, open_sources, target_of
 from edge_agent.settings import FileSourceSettings, FolderSourceSettings
 
 
@@ -131,7 +131,7 @@ BAD_ROWS = [
     ('{"text": "\\ud800"}', "wrong field", "surrogate"),
     ('{"text_a": "only one"}', "wrong field", "text_b"),
     ('{"text": "x", "text_a": "y", "text_b": "z"}', "wrong field", "both"),
-    ('{"text": "x", "label": 1.5}', "wrong field", "label"),
+    ('{"text": "x", "label": [1]}', "wrong field", "label"),
     ('{"text": "x", "label": true}', "wrong field", "label"),
     ('{"text": "x", "split": "test"}', "wrong field", "held-out"),
     ('{"text": "x", "id": []}', "wrong field", "id"),
@@ -310,6 +310,24 @@ def test_labels_resolve_by_name_first_then_by_number() -> None:
     for unknown in ("c", 2, -1, "99999999999999999999"):
         with pytest.raises(RowError, match="not among"):
             label_index(unknown, ("a", "b"))
+
+
+def test_targets_of_a_regression_are_finite_numbers():
+    assert [target_of(label) for label in (None, 4, 4.5, "4.5", "-1e3")] == [None, 4.0, 4.5, 4.5, -1000.0]
+    for wrong in ("high", "nan", float("inf"), 1e7, ""):
+        with pytest.raises(RowError, match="columns = ") as found:
+            target_of(wrong)
+        assert found.value.reason == "no number"
+    with pytest.raises(RowError, match="not among the plan's"):
+        label_index(4.5, ("a", "b", "c", "d", "e"))
+
+
+def test_a_number_may_stand_in_a_column_of_its_own_name(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text_a": "a man runs", "text_b": "he is running", "score": 4.6}\n')
+    [source] = open_sources([FileSourceSettings(kind="file", path=tmp_path / "rows.jsonl", columns={"label": "score"})], lambda _: False, state_directory=tmp_path)
+    [sample] = source.poll(10)
+    assert (sample.text, sample.label) == (("a man runs", "he is running"), 4.6)
+    source.close()
 
 
 def test_a_source_keeps_its_pace(tmp_path: Path) -> None:
