@@ -18,7 +18,10 @@ import typer
 from coordinator.command_line import Config, open_settings, opened_store
 
 if TYPE_CHECKING:
+    from coordinator.claims import ClaimWish
+    from coordinator.settings import CoordinatorSettings
     from coordinator.store.audit import AuditRow
+    from coordinator.store.engine import Store
     from coordinator.store.identities import CertificateRow, ClaimRow
 
 devices_app = typer.Typer(help="The devices: what they do, and whether they may.", invoke_without_command=True)
@@ -31,7 +34,6 @@ AsJson = Annotated[bool, typer.Option("--json")]
 _DURATION = re.compile(r"(\d{1,6}(?:\.\d{1,6})?)([dhms])")
 _UNITS = {"d": 86_400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
 _LONGEST_CLAIM = timedelta(days=365)
-_GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}|")
 _RENEWAL_LIFETIME = timedelta(days=7)
 _AUDIT_SHOWN = 10
 
@@ -59,56 +61,87 @@ def init(config: Config = None) -> None:
 
 
 def enrol(  # noqa: PLR0917 - one per option
-    device: Device,
+    device: Annotated[str | None, typer.Argument(help="The device's name; or give --fleet.")] = None,
     config: Config = None,
-    out: Annotated[str, typer.Option(help="File to write the bundle to, '-' for stdout; DEVICE.bundle.json by default.")] = "",
+    fleet: Annotated[Path | None, typer.Option(help="Every device of this file (docs/flashing-raspberry-pi.md) that is not enrolled and has no good bundle.")] = None,
+    out: Annotated[str, typer.Option(help="File to write the bundle to, '-' for stdout; DEVICE.bundle.json by default. With --fleet a folder, bundles by default.")] = "",
     expires: Annotated[str, typer.Option(help="How long the claim is good: 7d, 12h, 30m.")] = "7d",
-    group: Annotated[str | None, typer.Option(help="Sorts devices on screen; no rule looks at it.")] = None,
+    group: Annotated[str | None, typer.Option(help="Sorts devices on screen; no rule looks at it. With --fleet, for lines that name none.")] = None,
     backbone: Annotated[str | None, typer.Option(help="Fingerprint, or its beginning, of the registered backbone that it is to be sent.")] = None,
     readmit: Annotated[bool, typer.Option("--readmit", help="Let a revoked device in again.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the bundle file if it exists.")] = False,
     actor: Actor = "operator",
 ) -> None:
     """Give a device a one-time claim to its first certificate, in a bundle for `edge-agent enrol --bundle`."""
-    from coordinator.claims import ClaimWish, make_claim, prepare_claim
-    from coordinator.files import write_atomically
-    from coordinator.identities import LOCAL_NAMES
-    from coordinator.store.assignments import assign_backbone, find_backbone
+    from coordinator.claims import ClaimWish
+    from coordinator.fleet_claims import fleet_lines, needs_no_claim, revoked_among
+    from coordinator.store.assignments import find_backbone
 
-    wish = ClaimWish(device=_device_name(device), lifetime=_duration(expires), group=_group(group), readmit=readmit, actor=actor)
-    to_stdout = out == "-"
-    place = Path(out or f"{device}.bundle.json")
-    if not to_stdout:
-        if place.is_dir():
+    if (device is None) == (fleet is None):
+        raise typer.BadParameter("give a device, or --fleet with a fleet file")
+    lifetime, group = _duration(expires), _group(group)
+    if device is not None:
+        wish = ClaimWish(device=_device_name(device), lifetime=lifetime, group=group, readmit=readmit, actor=actor)
+        place = None if out == "-" else Path(out or f"{device}.bundle.json")
+        if place is not None and place.is_dir():
             place /= f"{device}.bundle.json"
-        if place.exists() and not force:
+        if place is not None and place.exists() and not force:
             raise ValueError(f"{place} exists: give another --out, or --force to replace it")
+        wishes = [(wish, place)]
     with opened_store(config) as (settings, store):
+        if fleet is not None:
+            if out == "-":
+                raise typer.BadParameter("--fleet needs a folder", param_hint="--out")
+            wishes, lines = [], fleet_lines(fleet)
+            with store.read() as session:
+                revoked = revoked_among(session, lines)
+            if revoked and not readmit:
+                raise ValueError(f"revoked: {', '.join(revoked)}; add --readmit to let them in again, or take out their lines. No bundle was made")
+            for line in lines:
+                place = Path(out or "bundles") / f"{line.device}.bundle.json"
+                with store.read() as session:
+                    reason = needs_no_claim(session, line, place, _now())
+                if reason is not None and not force:
+                    print(f"{line.device} {reason}: left as it is (--force makes a new claim)")
+                else:
+                    wish = ClaimWish(device=line.device, lifetime=lifetime, group=line.values.get("group", group), readmit=readmit, actor=actor)
+                    wishes.append((wish, place))
         with store.read() as session:
             fingerprint = None if backbone is None else find_backbone(session, backbone)
-        prepared = prepare_claim(settings, wish, _now())
+        for wish, place in wishes:
+            _enrol_one(settings, store, wish, fingerprint, place)
 
-        def hand_out() -> None:
-            if to_stdout:
-                sys.stdout.write(prepared.bundle.to_text())
-                sys.stdout.flush()
-            else:
-                write_atomically(place, prepared.bundle.to_text().encode(), 0o600)
 
-        withdrawn = make_claim(store, wish, prepared, hand_out)
-        if fingerprint is not None:
-            with store.write() as session:
-                assign_backbone(session, fingerprint, wish.device, at=_now(), actor=actor)
-    say = sys.stderr if to_stdout else sys.stdout
-    for earlier in withdrawn:
-        print(f"withdrew {earlier.id}, the open claim that {device} had from {_moment(earlier.created_at)}: its bundle is worthless now", file=say)
+def _enrol_one(settings: CoordinatorSettings, store: Store, wish: ClaimWish, fingerprint: str | None, place: Path | None) -> None:
+    """One claim, its bundle to `place` or to stdout."""
+    from coordinator.claims import make_claim, prepare_claim
+    from coordinator.files import write_atomically
+    from coordinator.identities import LOCAL_NAMES
+    from coordinator.store.assignments import assign_backbone
+
+    prepared = prepare_claim(settings, wish, _now())
     bundle = prepared.bundle
-    print(f"{bundle.claim}: good for one certificate of {device}, until {_moment(prepared.expires_at)} UTC", file=say)
+
+    def hand_out() -> None:
+        if place is None:
+            sys.stdout.write(bundle.to_text())
+            sys.stdout.flush()
+        else:
+            write_atomically(place, bundle.to_text().encode(), 0o600)
+
+    withdrawn = make_claim(store, wish, prepared, hand_out)
+    if fingerprint is not None:
+        with store.write() as session:
+            assign_backbone(session, fingerprint, wish.device, at=_now(), actor=wish.actor)
+    say = sys.stderr if place is None else sys.stdout
+    for earlier in withdrawn:
+        print(f"withdrew {earlier.id}, the open claim that {wish.device} had from {_moment(earlier.created_at)}: its bundle is worthless now", file=say)
+    print(f"{bundle.claim}: good for one certificate of {bundle.device}, until {_moment(prepared.expires_at)} UTC", file=say)
     print(f"the device will look for the broker at {bundle.host}, ports {bundle.port} and {bundle.claims_port}", file=say)
     if bundle.host in LOCAL_NAMES:
         print("  only devices on this machine find it there: for others set enrolment.public_host (PUBLIC_HOST with", file=say)
         print("  docker compose), run `coordinator init`, and enrol again", file=say)
-    if not to_stdout:
+    if place is not None:
         print(f"wrote {place}: a secret until it is used. On the device: edge-agent enrol --bundle {place.name}", file=say)
 
 
@@ -308,7 +341,9 @@ def _duration(text: str) -> timedelta:
 
 
 def _group(group: str | None) -> str | None:
-    if group is not None and not _GROUP.fullmatch(group):
+    from side_tuning.bundle import GROUP
+
+    if group and not GROUP.fullmatch(group):
         raise typer.BadParameter(f"{group!r}: use up to 64 letters, digits, '_', '.', '-'", param_hint="--group")
     return group
 

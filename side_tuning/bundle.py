@@ -6,6 +6,7 @@ device, until `expires_at`.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,6 +16,7 @@ from side_tuning.wire.bounded import FrameError
 from side_tuning.wire.topics import check_claim_name, check_device_name
 
 MAX_BUNDLE_BYTES = 262_144
+GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 class BundleError(ValueError):

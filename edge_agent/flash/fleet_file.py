@@ -1,14 +1,8 @@
-"""The fleet file, with all that can be checked checked before the first card is written, and every bad line named at once.
-
-CSV with a header: `device` and, where wanted, the columns below. `group` says which group the device's bundle must have been
-made for, `backbone` is a prepared folder; paths are relative to the file.
-"""
+"""A fleet file's cards, with all that can be checked checked before the first one is written, and every bad line named at once."""
 
 from __future__ import annotations
 
-import csv
 import functools
-import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,12 +15,7 @@ from edge_agent.flash.first_boot import CardPlan, detect, put_files
 from edge_agent.flash.ledger import Ledger
 from edge_agent.flash.rehearsal import open_preview
 from side_tuning.bundle import Bundle, BundleError, read_bundle
-from side_tuning.wire.bounded import FrameError
-from side_tuning.wire.topics import check_device_name
-
-MAX_FLEET_BYTES = 4 * 1024 * 1024
-COLUMNS = ("device", "group", "bundle", "hostname", "wifi", "wifi_secret_file", "country", "timezone", "backbone")
-MORE = "more values than columns"
+from side_tuning.fleet_file import FleetFileError, Problems, read_fleet_file
 
 
 @dataclass(frozen=True)
@@ -60,11 +49,15 @@ def check_fleet(
     wrong, seen = Problems(), dict[tuple[str, str], int]()
     rows, finished, plans = list[FleetRow](), dict[str, str](), list[CardPlan]()
     load_backbone = functools.cache(read_backbone)  # the same folder in fifty lines is hashed once
-    for line, values in (lines := list(_lines(path))):
-        device = values.get("device", "")
+    try:
+        lines = read_fleet_file(path)
+    except FleetFileError as error:
+        raise FlashError(str(error)) from error
+    for entry in lines:
+        line, device, values = entry.number, entry.device, entry.values
         options = _options(common, values, path.parent, bundles)
         bundle = _bundle(options.bundle)
-        problems = [*_name_problems(values), *_twice(seen, line, "device", device)]
+        problems = list(entry.problems)
         if not problems and (claim := _made(ledger, device, options.bundle, bundle)) is not None:
             finished[claim] = device
             continue
@@ -81,60 +74,10 @@ def check_fleet(
         for problem in problems:
             wrong.add(problem, line, device)
     _check_targets(rows, wrong)
-    general = [] if lines else ["it names no device"]
-    if len(finished) < len(lines):
-        general += _image_problems(common.image, rows, plans)
+    general = list(_image_problems(common.image, rows, plans)) if len(finished) < len(lines) else []
     if general or wrong:
         raise FlashError("\n  ".join([f"fleet file {path} cannot be used; nothing was written:", *wrong.words(), *general]))
     return rows, finished
-
-
-class Problems:
-    """What is wrong, with the lines that it is wrong in: what all lines share is said once."""
-
-    def __init__(self) -> None:
-        self._where: dict[str, dict[int, str]] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._where)
-
-    def add(self, problem: str, line: int, device: str) -> None:
-        self._where.setdefault(problem, {})[line] = device
-
-    def words(self) -> list[str]:
-        return [
-            f"line {next(iter(where))} ({next(iter(where.values())) or 'no device'}): {problem}" if len(where) == 1 else f"lines {', '.join(map(str, where))}: {problem}"
-            for problem, where in self._where.items()
-        ]
-
-
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line number and values, empty ones left out."""
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_FLEET_BYTES + 1)
-        text = content.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FlashError(f"fleet file {path} cannot be read: {error}; save it as CSV in UTF-8") from error
-    if len(content) > MAX_FLEET_BYTES:
-        raise FlashError(f"fleet file {path} is larger than {MAX_FLEET_BYTES} bytes")
-    first = text.partition("\n")[0]
-    semicolons = ";" in first and "," not in first  # as spreadsheets save where the comma is the decimal point
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=";" if semicolons else ",", restkey=MORE)
-    try:
-        names = list(reader.fieldnames or ())
-        unknown = set(names) - set(COLUMNS)
-        if "device" not in names or unknown or len(set(names)) < len(names):
-            twice = f"twice: {', '.join(sorted({name for name in names if names.count(name) > 1}))}"
-            columns = f"unknown: {', '.join(sorted(unknown))}" if unknown else twice if "device" in names else "'device' is missing"
-            raise FlashError(f"fleet file {path} needs a first line with the columns' names ({', '.join(COLUMNS)}); {columns}")
-        for values in reader:
-            values[MORE] = ", ".join(values.get(MORE) or ())
-            given = {name: value.strip() for name, value in values.items() if value and value.strip()}
-            if given:
-                yield reader.line_num, given
-    except csv.Error as error:
-        raise FlashError(f"fleet file {path} is no CSV: line {reader.line_num}: {error}") from error
 
 
 def _options(common: FlashOptions, values: dict[str, str], folder: Path, bundles: Path) -> FlashOptions:
@@ -148,18 +91,9 @@ def _options(common: FlashOptions, values: dict[str, str], folder: Path, bundles
     return replace(common, **changes)  # type: ignore[arg-type]
 
 
-def _name_problems(values: dict[str, str]) -> Iterator[str]:
-    try:
-        check_device_name(values.get("device", ""))
-    except FrameError as error:
-        yield f"{error}; give another name"
-    if MORE in values:
-        yield f"{values[MORE]!r} stands under no column; quote values with a comma in them"
-
-
 def _twice(seen: dict[tuple[str, str], int], line: int, what: str, value: str) -> list[str]:
     """A value that an earlier line has too."""
-    earlier = seen.setdefault((what, value), line) if value else line
+    earlier = seen.setdefault((what, value), line)
     return [] if earlier == line else [f"{what} {value} is that of line {earlier} too; each device needs its own"]
 
 

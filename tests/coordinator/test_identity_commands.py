@@ -105,6 +105,53 @@ def enrolled(coordinator, device="kitchen"):
     return bundle
 
 
+def test_a_fleet_file_gets_what_is_missing_and_nothing_twice(coordinator, tmp_path):
+    spent = enrolled(coordinator, "attic")
+    fleet = tmp_path / "fleet.csv"
+    fleet.write_text("device,group,hostname,country\nattic,,,\nkitchen,ground-floor,larder,GB\nstudy,,,GB\n")
+    arguments = ("enrol", "--fleet", fleet, "--out", tmp_path / "made", "--group", "house")
+    out = coordinator.says(*arguments)
+    assert "attic is enrolled already: left as it is" in out
+    places = {device: tmp_path / "made" / f"{device}.bundle.json" for device in ("kitchen", "study")}
+    assert sorted((tmp_path / "made").iterdir()) == sorted(places.values())
+    first = {device: read_bundle(place) for device, place in places.items()}
+    assert {device: bundle.group for device, bundle in first.items()} == {"kitchen": "ground-floor", "study": "house"}
+    assert len({bundle.claim for bundle in first.values()} | {spent.claim}) == 3
+    assert stat.S_IMODE(places["study"].stat().st_mode) == 0o600
+
+    again = coordinator.says(*arguments)
+    assert again.count("good until") == 2
+    assert {device: read_bundle(place) for device, place in places.items()} == first
+
+    # A claim that was withdrawn, another group, and a new line are reasons for a new bundle.
+    coordinator.says("claims", "withdraw", first["study"].claim)
+    fleet.write_text("device,group\nkitchen,cellar\nstudy,\nporch,\n")
+    coordinator.says(*arguments)
+    later = {device: read_bundle(tmp_path / "made" / f"{device}.bundle.json") for device in ("kitchen", "study", "porch")}
+    assert later["kitchen"].group == "cellar"
+    assert not {bundle.claim for bundle in later.values()} & {bundle.claim for bundle in first.values()}
+    assert "group cellar" in coordinator.says("devices", "show", "kitchen")
+
+
+def test_a_wrong_fleet_file_makes_no_bundle(coordinator, tmp_path):
+    fleet = tmp_path / "fleet.csv"
+    fleet.write_text("device,group\nkitchen,\nki+chen,\nkitchen,\nporch,the porch\n")
+    assert coordinator("enrol", "--fleet", fleet) == 1
+    for words in ("line 3 (ki+chen): device name", "line 4 (kitchen): device kitchen is that of line 2 too", "line 5 (porch): group 'the porch'"):
+        assert words in coordinator.err
+    fleet.write_text("device\nkitchen\nattic\n")
+    coordinator.says("enrol", "attic")
+    coordinator.says("devices", "revoke", "attic")
+    assert coordinator("enrol", "--fleet", fleet) == 1
+    assert "revoked: attic; add --readmit" in coordinator.err
+    assert not (tmp_path / "bundles").exists()
+    coordinator.says("enrol", "--fleet", fleet, "--readmit")
+    assert len(list((tmp_path / "bundles").iterdir())) == 2
+    assert coordinator("enrol") != 0
+    assert coordinator("enrol", "kitchen", "--fleet", fleet) != 0
+    assert coordinator("enrol", "--fleet", tmp_path / "none.csv") == 1
+
+
 def test_init_makes_everything_and_again_says_that_all_is_there(fresh):
     first = fresh.says("init")
     assert first.count("made the") == 2
