@@ -76,14 +76,14 @@ def compare(
     from side_tuning.network.files import load_alignment
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
-    classes = len(plan.labels)
+    classes = len(plan.labels) or 1
     found = {path.stem.removeprefix("alignment-"): load_alignment(path) for path in checkpoint_folder.glob("alignment-*")}
     anchor_maps = {fingerprint: one for fingerprint, one in found.items() if isinstance(one, AnchorMap)}
     settings = settings.model_copy(update={"checkpoint_precision": "float"})
     say("comparison: training one side network centrally")
-    central = train_centrally(train, held_out, settings, classes=classes, samples_drawn=samples_drawn, anchor_maps=anchor_maps)
+    central = train_centrally(train, held_out, settings, classes=classes, samples_drawn=samples_drawn, anchor_maps=anchor_maps, task=plan.task)
     say("comparison: training one side network per device")
-    alone = train_per_device(train, held_out, settings, classes=classes, anchor_maps=anchor_maps)
+    alone = train_per_device(train, held_out, settings, classes=classes, anchor_maps=anchor_maps, task=plan.task)
     return Comparison(central.score, alone.score)
 
 
@@ -105,6 +105,7 @@ def _read(device: DemoDevice, file: Path, plan: TapPlan) -> dict[str, Activation
     layers = plan.layers(device.backbone.manifest.layers)
     inputs = np.stack([tensors[f"layer.{layer}"] for layer in layers], axis=1)  # (rows, B, d)
     tokens, held_out = tensors["tokens"], tensors["held_out"]
+    labels = tensors["target" if plan.task == "regression" else "label"]
     groups = {}
     for split, chosen in (("train", ~held_out), ("held-out", held_out)):
         if not chosen.any():
@@ -114,7 +115,7 @@ def _read(device: DemoDevice, file: Path, plan: TapPlan) -> dict[str, Activation
             device=device.name,
             fingerprint=device.backbone.manifest.fingerprint,
             inputs=inputs[rows],
-            labels=tensors["label"][chosen],
+            labels=labels[chosen],
             tokens=tokens[chosen].tolist() if plan.mode == "sequence" else None,
         )
     return groups

@@ -196,4 +196,4 @@ def _networks(learner: Trained) -> dict[str, torch.nn.Module]:
         networks[f"alignment/{number}"] = alignment
         if not isinstance(alignment, AnchorMap):  # an anchor map is its own average
             networks[f"average_alignment/{number}"] = learner.average_alignments[fingerprint]
-    return networks
+    return networks | learner.extra_networks()

@@ -13,7 +13,7 @@ import numpy as np
 from coordinator.store.training import Scope
 from coordinator.training.learner import Learner
 from coordinator.training.tap_cache import TapCache
-from side_tuning.tasks import METRICS
+from side_tuning.tasks import METRICS, correlation
 from side_tuning.wire.messages import Task
 
 _ROWS_AT_A_TIME = 512
@@ -27,7 +27,7 @@ class Measurement:
     scope: Scope
     name: str
     score: float  # of the task (side_tuning/tasks.py)
-    loss: float  # cross entropy, nats per sample
+    loss: float  # cross entropy, nats per sample; of a regression the squared error
     samples: int
 
 
@@ -41,7 +41,7 @@ def evaluate(cache: TapCache, learner: Learner, largest: int, task: Task = "clas
     # By backbone type, so that every batch is one group and its losses keep their order.
     held_out = held_out[np.argsort(cache.records["shard"][held_out], kind="stable")]
     records = cache.records[held_out]
-    correct = np.empty(len(held_out), bool)
+    answers, truths = np.empty(len(held_out), np.float64), np.empty(len(held_out), np.float64)  # classes, or numbers
     losses = np.empty(len(held_out), np.float64)
     size = _ROWS_AT_A_TIME if cache.mode == "pooled" else _TOKEN_ROWS_AT_A_TIME
     published = learner.published()
@@ -50,13 +50,18 @@ def evaluate(cache: TapCache, learner: Learner, largest: int, task: Task = "clas
         for rows in cache.gather(held_out[start : start + size]):
             logits = published.logits(rows).astype(np.float64)
             here = slice(done, done + len(rows.labels))
-            correct[here] = logits.argmax(1) == rows.labels
+            truths[here] = rows.labels
+            done = here.stop
+            if task == "regression":
+                answers[here] = logits[:, 0]
+                losses[here] = (logits[:, 0] - rows.labels) ** 2
+                continue
+            answers[here] = logits.argmax(1)
             logits -= logits.max(1, keepdims=True)
             losses[here] = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(logits)), rows.labels]
-            done = here.stop
 
     def measure(scope: Scope, name: str, chosen: np.ndarray) -> Measurement:
-        return Measurement(scope, name, float(correct[chosen].mean()), float(losses[chosen].mean()), int(chosen.sum()))
+        return Measurement(scope, name, score_of(task, answers[chosen], truths[chosen]), float(losses[chosen].mean()), int(chosen.sum()))
 
     devices = [measure("device", cache.devices[d], records["device"] == d) for d in np.unique(records["device"])]
     shards = [measure("backbone", cache.shards[s].fingerprint, records["shard"] == s) for s in np.unique(records["shard"])]
@@ -67,6 +72,11 @@ def evaluate(cache: TapCache, learner: Learner, largest: int, task: Task = "clas
         *shards,
         Measurement("worst-device", worst.name, worst.score, worst.loss, worst.samples),
     ]
+
+
+def score_of(task: Task, answers: np.ndarray, truths: np.ndarray) -> float:
+    """The task's score of predicted classes or numbers (N,)."""
+    return correlation(answers.tolist(), truths.tolist()) if task == "regression" else float((answers == truths).mean())
 
 
 def metrics(measurements: Sequence[Measurement], task: Task) -> dict[str, float]:

@@ -45,7 +45,7 @@ class Rows:
     fingerprint: str
     inputs: np.ndarray  # (N, B, d), or (N, B, T, d) in `sequence` mode
     mask: np.ndarray | None  # (N, T), true at real tokens
-    labels: np.ndarray  # (N,)
+    labels: np.ndarray  # (N,); targets of a regression, float64
     language: LanguageColumns | None = None
 
 
@@ -104,11 +104,19 @@ class Trained:
         """Give a new backbone type its alignment: its anchor map, or else one that later steps train with the rest."""
         raise NotImplementedError
 
+    def ladder_for_devices(self) -> Any:
+        """The averaged ladder, as it goes out."""
+        return self.average_ladder
+
+    def extra_networks(self) -> dict[str, nn.Module]:
+        """What a checkpoint keeps besides ladder and alignments, by name."""
+        return {}
+
     def published(self) -> PublishedFiles:
         """The averaged weights, rounded to `checkpoint_precision`."""
         precision = None if self.settings.checkpoint_precision == "float" else self.settings.checkpoint_precision
         files = {name: save_alignment(alignment, precision=precision) for name, alignment in self.average_alignments.items()}
-        return PublishedFiles(save_ladder(self.average_ladder, precision=precision), files)
+        return PublishedFiles(save_ladder(self.ladder_for_devices(), precision=precision), files)
 
     def step(self, batch: Sequence[Rows], step: int) -> float:
         """Train on one mixed batch; returns its mean loss."""

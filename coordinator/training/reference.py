@@ -10,12 +10,14 @@ from types import MappingProxyType
 
 import numpy as np
 
+from coordinator.training.evaluation import score_of
 from coordinator.training.learner import Learner, Rows, side_network_config
+from coordinator.training.regression import make_learner
 from coordinator.training.sampler import Sampler
 from coordinator.training.settings import TrainingSettings
 from side_tuning.network.anchor_map import AnchorMap
 from side_tuning.network.side_network import pad_tokens
-from side_tuning.wire.messages import Mode
+from side_tuning.wire.messages import Mode, Task
 
 AnchorMaps = Mapping[str, AnchorMap]
 
@@ -27,12 +29,14 @@ class Activations:
     device: str
     fingerprint: str
     inputs: np.ndarray
-    labels: np.ndarray
+    labels: np.ndarray  # classes; of a regression the targets, float64
     tokens: Sequence[int] | None = None
 
     def rows(self, picked: np.ndarray) -> Rows:
         """The picked samples as one group of a batch."""
-        labels = self.labels[picked].astype(np.int64)
+        labels = self.labels[picked]
+        if labels.dtype != np.float64:
+            labels = labels.astype(np.int64)
         if self.tokens is None:
             return Rows(self.fingerprint, self.inputs[picked].astype(np.float32), None, labels)
         ends = np.cumsum(self.tokens)
@@ -59,6 +63,7 @@ def train_centrally(
     classes: int,
     samples_drawn: int | None = None,
     anchor_maps: AnchorMaps = MappingProxyType({}),
+    task: Task = "classification",
 ) -> Score:
     """One side network on everything at once.
 
@@ -66,13 +71,14 @@ def train_centrally(
         train: one entry per device.
         held_out: one entry per device.
         settings: as for the fleet.
-        classes: of the head.
+        classes: of the head; 1 for a regression.
         samples_drawn: as many as the fleet drew; by default what the replay ratio allows.
         anchor_maps: the fleet's, by fingerprint, where it has them.
+        task: "classification" or "regression".
 
     """
-    learner, steps = _train(train, settings, classes=classes, samples_drawn=samples_drawn, anchor_maps=anchor_maps)
-    return _score(learner, held_out, steps)
+    learner, steps = _train(train, settings, classes=classes, samples_drawn=samples_drawn, anchor_maps=anchor_maps, task=task)
+    return _score(learner, held_out, steps, task)
 
 
 def train_per_device(
@@ -82,6 +88,7 @@ def train_per_device(
     *,
     classes: int,
     anchor_maps: AnchorMaps = MappingProxyType({}),
+    task: Task = "classification",
 ) -> Score:
     """One side network per device, trained on its own samples only and scored on that device's held-out samples."""
     found: dict[str, float] = {}
@@ -89,9 +96,9 @@ def train_per_device(
     total_steps = 0
     for own in train:
         own_held_out = [group for group in held_out if group.device == own.device]
-        learner, steps = _train([own], settings, classes=classes, samples_drawn=None, anchor_maps=anchor_maps)
+        learner, steps = _train([own], settings, classes=classes, samples_drawn=None, anchor_maps=anchor_maps, task=task)
         total_steps += steps
-        found[own.device] = _score(learner, own_held_out, steps).score
+        found[own.device] = _score(learner, own_held_out, steps, task).score
         samples[own.device] = sum(len(group.labels) for group in own_held_out)
     weights = np.array([samples[device] for device in found], np.float64)
     mean = float(np.average(list(found.values()), weights=weights))
@@ -105,13 +112,14 @@ def _train(
     classes: int,
     samples_drawn: int | None,
     anchor_maps: AnchorMaps,
+    task: Task,
 ) -> tuple[Learner, int]:
     mode: Mode = "pooled" if train[0].tokens is None else "sequence"
     entry_width = next((anchor_map.config.width_out for anchor_map in anchor_maps.values()), 0)
     config = side_network_config(
         settings, blocks=train[0].inputs.shape[1], classes=classes, mode=mode, entry_width=entry_width
     )
-    learner = Learner(settings, config)
+    learner = make_learner(settings, config, task)
     sampler = Sampler(
         seed=settings.seed, tau=settings.tau, class_tau=settings.class_tau, replay_cap=settings.replay_cap
     )
@@ -119,7 +127,7 @@ def _train(
         if group.fingerprint not in learner.alignments:
             anchor_map = anchor_maps.get(group.fingerprint)
             learner.add_backbone(group.fingerprint, group.inputs.shape[-1], step=0, anchor_map=anchor_map)
-        sampler.add(np.full(len(group.labels), number), group.labels)
+        sampler.add(np.full(len(group.labels), number), np.zeros(len(group.labels), np.int64) if task == "regression" else group.labels)
     ends = np.cumsum([len(group.labels) for group in train])
     budget = int(settings.replay_ratio * sampler.samples) if samples_drawn is None else samples_drawn
     step = drawn = 0
@@ -134,15 +142,18 @@ def _train(
     return learner, step
 
 
-def _score(learner: Learner, held_out: Sequence[Activations], steps: int) -> Score:
-    correct: dict[str, int] = {}
-    samples: dict[str, int] = {}
+def _score(learner: Learner, held_out: Sequence[Activations], steps: int, task: Task) -> Score:
+    answers: dict[str, list[np.ndarray]] = {}
+    truths: dict[str, list[np.ndarray]] = {}
     published = learner.published()
     for group in held_out:
         for start in range(0, len(group.labels), 512):
             rows = group.rows(np.arange(start, min(start + 512, len(group.labels))))
-            right = int((published.logits(rows).argmax(1) == rows.labels).sum())
-            correct[group.device] = correct.get(group.device, 0) + right
-            samples[group.device] = samples.get(group.device, 0) + len(rows.labels)
-    by_device = {device: correct[device] / samples[device] for device in correct}
-    return Score(sum(correct.values()) / max(1, sum(samples.values())), min(by_device.values(), default=0.0), by_device, steps)
+            logits = published.logits(rows)
+            answers.setdefault(group.device, []).append(logits[:, 0] if task == "regression" else logits.argmax(1))
+            truths.setdefault(group.device, []).append(rows.labels)
+    if not answers:
+        return Score(0.0, 0.0, {}, steps)
+    by_device = {device: score_of(task, np.concatenate(answers[device]), np.concatenate(truths[device])) for device in answers}
+    everywhere = [np.concatenate([part for parts in found.values() for part in parts]) for found in (answers, truths)]
+    return Score(score_of(task, *everywhere), min(by_device.values()), by_device, steps)

@@ -95,6 +95,11 @@ def _keep(cache: TapCache, plan: TapPlan, frame: Frame, wanted: list[StoredSampl
     ends = np.cumsum(counts)
     vectors = np.concatenate(layers, axis=1)
     tokens = _tokens(frame) if plan.task == "causal-lm" else None
+    if plan.task == "regression":
+        everything = len(wanted)
+        wanted = [sample for sample in wanted if frame.samples[sample.position].target is not None]
+        if len(wanted) < everything:
+            cache.skipped["no number"] += everything - len(wanted)
     entries = [
         Entry(
             sample.row_id,
@@ -102,6 +107,7 @@ def _keep(cache: TapCache, plan: TapPlan, frame: Frame, wanted: list[StoredSampl
             int(sample.label or 0),
             sample.split == "held-out",
             vectors[ends[sample.position] - counts[sample.position] : ends[sample.position]],
+            frame.samples[sample.position].target or 0.0,
             None if tokens is None else tokens[sample.position],
         )
         for sample in wanted

@@ -29,7 +29,7 @@ from side_tuning.wire.messages import Mode, Task
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 LARGEST = 65_504.0  # of float16; larger values are clipped to it
 RECORD = np.dtype(
     [
@@ -40,6 +40,7 @@ RECORD = np.dtype(
         ("device", "<i4"),
         ("label", "<i4"),
         ("held_out", "?"),
+        ("target", "<f8"),  # `regression`
     ],
     align=False,
 )
@@ -73,6 +74,7 @@ class Entry:
     label: int
     held_out: bool
     vectors: np.ndarray
+    target: float = 0.0  # `regression`
     tokens: np.ndarray | None = None  # language models: (rows, 2), each row's token and its target or `NO_TARGET`
 
 
@@ -119,7 +121,7 @@ class TapCache:
     def _rows(self, number: int, records: np.ndarray) -> Rows:
         shard = self.shards[number]
         vectors = self._map(number)
-        labels = records["label"].astype(np.int64)
+        labels = records["target"].astype(np.float64) if self.task == "regression" else records["label"].astype(np.int64)
         if self.mode == "pooled":
             return Rows(shard.fingerprint, self._blocks(shard, vectors[records["start"]]), None, labels)
         lengths, starts = records["rows"].tolist(), records["start"].tolist()
@@ -174,7 +176,7 @@ class TapCache:
             file.write(np.clip(entry.vectors, -LARGEST, LARGEST).astype("<f2").tobytes())
             device = self._device_number(entry.device)
             count = len(entry.vectors)
-            records.append((entry.row_id, shard.rows, count, shard_number, device, entry.label, entry.held_out))
+            records.append((entry.row_id, shard.rows, count, shard_number, device, entry.label, entry.held_out, entry.target))
             shard.rows += count
         self._maps.pop(shard_number, None)
         return np.array(records, RECORD)

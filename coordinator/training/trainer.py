@@ -35,6 +35,7 @@ from coordinator.training.figures import Figures
 from coordinator.training.language_evaluation import evaluate_language
 from coordinator.training.language_learner import FrozenEnds, LanguageLearner, ladder_config
 from coordinator.training.learner import Learner, side_network_config
+from coordinator.training.regression import make_learner
 from coordinator.training.run_state import RunIdentity, begin_or_continue, what_is_learned
 from coordinator.training.sampler import GrowingArray, Sampler
 from coordinator.training.settings import TrainingSettings
@@ -150,11 +151,11 @@ def open_training(store: Store, settings: CoordinatorSettings, plan: TapPlan, no
         config = side_network_config(
             settings.training,
             blocks=plan.blocks,
-            classes=len(plan.labels),
+            classes=1 if plan.task == "regression" else len(plan.labels),
             mode=plan.mode,
             entry_width=anchors.width if anchors else 0,
         )
-        learner = Learner(settings.training, config)
+        learner = make_learner(settings.training, config, plan.task)
     cache = TapCache(settings.data_directory / "tap-cache", {"run": run.name, **run.made_for}, plan.mode, plan.task)
     sampler = Sampler(
         seed=settings.training.seed,
