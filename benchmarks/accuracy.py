@@ -82,7 +82,7 @@ def cases(depth: int, full: bool) -> list[Case]:
     default = default_case(depth)
     reference = replace(default, codec=None, group=128)
     counts = sorted({min(depth, n) for n in (1, 2, 3, depth)})
-    codecs: tuple[CodecName, ...] = ("fp16", "int8", "int4", "int2")
+    codecs: tuple[CodecName, ...] = ("fp16", "int8", "int4", "rot4", "int2")
     found = [default, reference]
     for blocks in counts:
         found.append(Case("pooled", blocks, None))

@@ -10,7 +10,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-COLOURS = {"fp16": "#444444", "int8": "#0072b2", "int4": "#009e73", "int2": "#d55e00"}
+COLOURS = {"fp16": "#444444", "int8": "#0072b2", "int4": "#009e73", "rot4": "#cc79a7", "int2": "#d55e00"}
 
 
 def draw(points: Mapping[str, tuple[float, float]], front: Sequence[str], default: str, limit: float, folder: Path) -> None:

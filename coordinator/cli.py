@@ -247,7 +247,7 @@ def plan_set(  # noqa: PLR0917 - one per option
     blocks: Annotated[int | None, typer.Option(min=1, max=64)] = None,
     mode: Annotated[str | None, typer.Option(help="pooled or sequence.")] = None,
     pooling: Annotated[str | None, typer.Option(help="mean, first or last.")] = None,
-    codec: Annotated[str | None, typer.Option(help="fp16, int8, int4 or int2.")] = None,
+    codec: Annotated[str | None, typer.Option(help="rot4, int4, int2, int8 or fp16.")] = None,
     group: Annotated[int | None, typer.Option(min=0, max=128)] = None,
     rank: Annotated[int | None, typer.Option(min=1, max=4096)] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, max=8192)] = None,
@@ -255,7 +255,7 @@ def plan_set(  # noqa: PLR0917 - one per option
     frame_bytes: Annotated[int | None, typer.Option(min=1024, max=16 * 1024 * 1024)] = None,
     linger_seconds: Annotated[float | None, typer.Option(min=0, max=3600)] = None,
     last_rank: Annotated[int | None, typer.Option(min=1, max=4096, help="Of the last layer; causal-lm alone, like the next two.")] = None,
-    last_codec: Annotated[str | None, typer.Option(help="fp16, int8, int4 or int2.")] = None,
+    last_codec: Annotated[str | None, typer.Option(help="rot4, int4, int2, int8 or fp16.")] = None,
     context_every: Annotated[int | None, typer.Option(min=0, max=8192, help="Of a prompt's tokens every k-th is kept; 0 none.")] = None,
 ) -> None:
     """Give out a new version of the tap plan with these values changed."""

@@ -18,7 +18,7 @@ from side_tuning.wire.bounded import FrameError, unpack_bounded
 Task = Literal["classification", "regression", "causal-lm"]
 Mode = Literal["pooled", "sequence"]
 Pooling = Literal["mean", "first", "last"]
-CodecName = Literal["fp16", "int8", "int4", "int2"]
+CodecName = Literal["fp16", "int8", "int4", "int2", "rot4"]
 Presence = Literal["online", "offline", "lost"]
 CommandName = Literal["pause", "resume", "renew-certificate"]
 DeviceStep = Literal["flashed", "booted", "configured", "network", "clock", "enrolled", "backbone", "stored"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import get_args
 
 import numpy as np
@@ -23,13 +24,14 @@ from side_tuning.wire.messages import CodecName
 
 CODECS: tuple[CodecName, ...] = get_args(CodecName)
 AFFINE: tuple[CodecName, ...] = ("int8", "int4", "int2")
-LEVELS = {"int8": 255, "int4": 15, "int2": 3}
+LEVELS = {"int8": 255, "int4": 15, "int2": 3, "rot4": 15}
 # Relative L2 per vector on Gaussian values of width 384: (mean, p99) with one scale per 128 values, and per vector.
 BOUNDS = {
     "fp16": {128: (0.0003, 0.0004), 0: (0.0003, 0.0004)},
     "int8": {128: (0.0065, 0.0075), 0: (0.0075, 0.009)},
     "int4": {128: (0.10, 0.115), 0: (0.11, 0.13)},
     "int2": {128: (0.36, 0.40), 0: (0.37, 0.43)},
+    "rot4": {128: (0.10, 0.115), 0: (0.11, 0.13)},
 }
 
 
@@ -85,7 +87,7 @@ def test_a_row_does_not_depend_on_its_batch(codec: CodecName) -> None:
 
 @pytest.mark.parametrize(
     ("codec", "group", "expected"),
-    [("fp16", 128, 768), ("int8", 128, 396), ("int4", 128, 204), ("int2", 128, 108), ("int8", 0, 388), ("int4", 0, 196), ("int2", 0, 100)],
+    [("fp16", 128, 768), ("int8", 128, 396), ("int4", 128, 204), ("int2", 128, 108), ("rot4", 128, 204), ("int8", 0, 388), ("int4", 0, 196), ("int2", 0, 100)],
 )
 def test_bytes_of_a_vector_of_width_384(codec: CodecName, group: int, expected: int) -> None:
     assert encoded_bytes(1, 384, codec, group) == expected
@@ -108,6 +110,8 @@ def test_any_width_and_group(codec: CodecName, width: int, group: int) -> None:
         return
     # Half a step of the whole row's range, with 2 % for the rounding of zero and scale.
     reach = values.max(axis=1) - values.min(axis=1) + 0.02 * np.abs(values).max(axis=1)
+    if codec == "rot4":  # no rotated value is larger than its row
+        reach = 2.02 * np.linalg.norm(values, axis=1)
     assert (np.linalg.norm(decoded - values, axis=1) <= 0.51 * reach / LEVELS[codec] * np.sqrt(width)).all()
 
 
@@ -120,7 +124,7 @@ def test_zero_vectors_survive_exactly(codec: CodecName, group: int) -> None:
 
 
 @pytest.mark.parametrize("constant", [1.0, -1.0, 0.1, -3.3, 1000.7, -65_000.0, 1e-5])
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", ["fp16", *AFFINE])
 def test_constant_vectors(codec: CodecName, constant: float) -> None:
     error = measure_error(np.full((2, 130), constant, np.float32), codec, 128)
     assert error.p99 < (0.01 if codec == "fp16" else 0.001)
@@ -138,6 +142,34 @@ def test_tiny_and_huge_vectors_keep_their_relative_error(codec: CodecName, magni
 def test_values_far_from_zero(codec: CodecName) -> None:
     error = measure_error(gaussian(50) + np.float32(1000), codec, 128)
     assert error.p99 < 0.003
+
+
+def test_a_rotation_saves_the_channels_beside_one_that_is_always_large() -> None:
+    values = gaussian(50)
+    values[:, 200] += 40
+    others = np.arange(384) != 200
+
+    def error(codec: CodecName) -> float:
+        return float(np.linalg.norm((round_trip(values, codec, 128) - values)[:, others]) / np.linalg.norm(values[:, others]))
+
+    assert error("rot4") < 0.2
+    assert error("rot4") < 0.5 * error("int4")
+
+
+def test_rotated_bytes_are_the_same_for_ever() -> None:
+    values = (np.arange(2 * 140, dtype=np.float32).reshape(2, 140) % 17) - 8
+    assert hashlib.sha256(encode_vectors(values, "rot4", 128)).hexdigest()[:16] == "2dd80b61dd27dcc9"
+
+
+@pytest.mark.parametrize(("place", "word"), [(0, 0x7E00), (0, 0xFE00), (2, 0x7D00)])  # zero and scale of one row
+def test_rotated_values_that_would_overflow_are_refused(place: int, word: int) -> None:
+    with pytest.raises(FrameError, match=r"holds at most 1e\+36"):
+        encode_vectors(np.full((1, 128), 2e36, np.float32), "rot4", 0)
+    assert np.isfinite(round_trip(np.full((1, 128), 1e36, np.float32), "rot4", 0)).all()
+    data = bytearray(encode_vectors(gaussian(1, 128), "rot4", 0))
+    data[place : place + 2] = word.to_bytes(2, "little")
+    with pytest.raises(FrameError, match="scale or zero point"):
+        decode_vectors(bytes(data), 1, 128, "rot4", 0)
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -281,7 +313,9 @@ def test_any_matrix_comes_back_close(values: np.ndarray, codec: CodecName, group
         assert (np.abs(decoded - exact) <= np.abs(exact) * 2**-11 + 2**-25).all()
         return
     # Min-max over a range of at most twice the largest value; clipping is only chosen where it loses less.
-    worst_step = (2.02 * np.abs(exact).max(axis=1) + 1e-36) / LEVELS[codec]
+    # A rotated value may be as large as its row's norm.
+    largest = np.linalg.norm(exact, axis=1) if codec == "rot4" else np.abs(exact).max(axis=1)
+    worst_step = (2.02 * largest + 1e-36) / LEVELS[codec]
     assert (lost <= worst_step * 0.52 * np.sqrt(width)).all()
 
 

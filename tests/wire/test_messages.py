@@ -134,7 +134,7 @@ def test_noise_is_refused(data: bytes, message: Any) -> None:
         (PLAN, {"labels": [""]}, "every label"),
         (PLAN, {"labels": ["a"] * 4097}, "max_array_len"),
         (PLAN, {"blocks": 65}, "blocks is 65"),
-        (PLAN, {"codec": "int3"}, "codec is 'int3', not one of fp16, int8, int4, int2"),
+        (PLAN, {"codec": "int3"}, "codec is 'int3', not one of fp16, int8, int4, int2, rot4"),
         (PLAN, {"group": 129}, "group is 129"),
         (PLAN, {"linger_seconds": float("nan")}, "linger_seconds is nan"),
         (Receipt("s", 1), {"stored_through": -1}, "stored_through is -1"),
