@@ -20,7 +20,7 @@ from coordinator.settings import ConfigError, CoordinatorSettings
 from coordinator.store.engine import Store
 from coordinator.store.registry import backbones, insert_plan, newest_plan, plans
 from side_tuning.wire.bounded import FrameError
-from side_tuning.wire.messages import TapPlan
+from side_tuning.wire.messages import Mode, TapPlan
 from side_tuning.wire.topics import check_device_name
 
 logger = logging.getLogger(__name__)
@@ -39,13 +39,14 @@ def plan_from_settings(settings: CoordinatorSettings, depths: Collection[int]) -
     language = task == "causal-lm"
     if wanted.blocks is None and not depths:
         return None
+    mode: Mode = wanted.mode or ("sequence" if language else "pooled")
     return TapPlan(
         version=1,
         labels=settings.task.labels,
         blocks=wanted.blocks or min([wanted.max_blocks, *depths]),
-        mode=wanted.mode or ("sequence" if language else "pooled"),
+        mode=mode,
         pooling=wanted.pooling,
-        codec=wanted.codec,
+        codec=wanted.codec or ("rot4" if mode == "pooled" else "int4"),
         group=wanted.group,
         rank=wanted.rank or (128 if language else 32),
         max_tokens=wanted.max_tokens,

@@ -76,7 +76,7 @@ class PlanSettings(_Section):
     max_blocks: int = Field(default=2, ge=1, le=MAX_BLOCKS)  # the cap when `blocks` is chosen for you; bytes grow with it, accuracy hardly (docs/lab-notes.md)
     mode: Mode | None = None  # none: pooled; `causal-lm`: sequence
     pooling: Pooling = "mean"
-    codec: CodecName = "int4"
+    codec: CodecName | None = None  # none: rot4 in `pooled` mode, where it was measured to be better (docs/lab-notes.md), int4 in `sequence` mode
     group: int = Field(default=128, ge=0, le=128)
     rank: int | None = Field(default=None, ge=1, le=MAX_RANK)  # columns of the fixed map in `sequence` mode; none: 32; `causal-lm`: 128
     max_tokens: int = Field(default=128, ge=1, le=8192)

@@ -231,7 +231,10 @@ def test_the_plan_carries_the_task_and_what_a_language_model_needs(tmp_path):
     assert (asked.rank, asked.last_rank, asked.last_codec, asked.context_every) == (16, 64, "int8", 4)
     assert "last layer: rank 64, int8; one token in 4 of a prompt" in describe(asked)
 
+    assert language.codec == "int4"
     number = plan({"kind": "regression"}, last_rank=64, context_every=4)
+    assert number.codec == "rot4"
+    assert plan({"kind": "regression"}, codec="int8").codec == "int8"
     assert (number.task, number.labels, number.mode, number.last_rank) == ("regression", (), "pooled", 0)
     assert number == plan({"kind": "regression"}), "what only language models have makes no new version"
     assert describe(number).endswith("regression")
