@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
     from torch import Tensor, nn
 
+    from edge_agent.text_run import TextRun
+
 __all__ = ["Activations", "Backbone", "BackboneError", "BackboneManifest", "TextError", "read_manifest"]
 
 logger = logging.getLogger(__name__)
@@ -176,6 +178,22 @@ class Backbone:
         finally:
             self._tap = {}
         return Activations(states, mask.bool())
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    @property
+    def folder(self) -> Path:
+        """Of the artifact."""
+        return self._folder
+
+    def start_text(self) -> TextRun:
+        """Run one text piece by piece through all loaded layers; for decoders."""
+        from edge_agent.text_run import start_text
+
+        self._run_only(self.last_layer)
+        return start_text(self._model, self._blocks)
 
     def map_matrix(self, layer: int, rank: int) -> np.ndarray[Any, Any]:
         """The first `rank` columns of the layer's fixed map, (width, rank)."""

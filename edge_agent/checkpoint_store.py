@@ -44,6 +44,21 @@ class StoredCheckpoint:
         return self.folder / ALIGNMENT
 
 
+def current_checkpoint(state_directory: Path) -> StoredCheckpoint:
+    """The newest one that the agent fetched.
+
+    Raises:
+        CheckpointError: none yet, or its files are damaged.
+
+    """
+    checkpoint = CheckpointStore(state_directory).current()
+    if checkpoint is None:
+        raise CheckpointError(
+            f"there is no checkpoint in {state_directory} yet; leave the agent running until the coordinator publishes one"
+        )
+    return checkpoint
+
+
 class CheckpointStore:
     """The folder `checkpoints` below the agent's state directory. One writer (the agent), any number of readers."""
 

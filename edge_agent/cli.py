@@ -92,7 +92,7 @@ def infer(  # noqa: PLR0917 - typer calls it by name
     predictions: Annotated[bool, typer.Option("--predictions", help="With --file: print every row's label, not only the sums.")] = False,
     config: ConfigOption = None,
 ) -> None:
-    """Label a text, or the rows of a file, with the newest checkpoint that the agent fetched."""
+    """Label a text, or the rows of a file, with the newest checkpoint that the agent fetched; a language model's: what the rows cost it."""
     with _told_plainly():
         if (text is None) == (file is None):
             raise typer.BadParameter("give a text, or --file FILE")
@@ -105,6 +105,29 @@ def infer(  # noqa: PLR0917 - typer calls it by name
         else:
             assert text is not None
             infer_command.label_text(settings, text if second is None else (text, second), as_json=as_json)
+
+
+@app.command()
+def generate(  # noqa: PLR0917 - typer calls it by name
+    prompt: Annotated[str, typer.Argument(help="What the text begins with.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="End after so many tokens, if the text has not ended before.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, max=100, help="How daring: 0 always takes the most probable token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Choose among so many of the most probable tokens; 0: among all.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.001, max=1, help="Choose among the most probable tokens that together have this probability.")] = 0.95,
+    seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same text.")] = None,
+    respond: Annotated[bool, typer.Option("--respond", help="The prompt is the first text of a pair: write the second.")] = False,
+    backbone_only: Annotated[bool, typer.Option("--backbone-only", help="Without the side network, for comparison.")] = False,
+    config: ConfigOption = None,
+) -> None:
+    """Continue a text with the backbone and the newest side network that the agent fetched, printing as it goes."""
+    with _told_plainly():
+        settings = _settings(config)
+        _configure_logging("warning")
+        from edge_agent import language_command
+        from edge_agent.generation import Sampling
+
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        language_command.generate(settings, prompt, sampling, max_new_tokens, respond=respond, backbone_only=backbone_only)
 
 
 @app.command()

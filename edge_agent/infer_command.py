@@ -1,20 +1,26 @@
-"""`edge-agent infer`: labels (or numbers, where the task is regression) for a text or for a file's rows, with the score where the rows carry labels."""
+"""`edge-agent infer`: labels (or numbers, where the task is regression) for a text or for a file's rows, with the score where the rows carry labels.
+
+A language model's checkpoint is scored by language_command.py.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import typer
 
 from edge_agent import exit_codes
-from edge_agent.backbone import TextError
+from edge_agent.backbone import TextError, Texts
+from edge_agent.checkpoint_store import current_checkpoint
 from edge_agent.health import peak_rss_bytes
-from edge_agent.inference import CheckpointError, Estimate, Prediction, Predictor, open_predictor
+from edge_agent.inference import CheckpointError, Estimate, Predictor, open_predictor
 from edge_agent.memory import return_memory_early
 from edge_agent.sample_files import FileSource
 from edge_agent.samples import Refusal, RowError, Sample, label_index, target_of
@@ -24,15 +30,14 @@ from side_tuning.tasks import METRICS, correlation
 ROWS_AT_A_TIME = 64
 REFUSALS_SHOWN = 10
 
+Found = TypeVar("Found")
+
 
 @dataclass
-class _Sums:
-    samples: int = 0
-    labelled: int = 0
-    correct: int = 0
-    pairs: list[tuple[float, float]] = field(default_factory=list)  # of a regression: estimate and target
+class Refusals:
+    """Rows that could not be used: the first are told, all are counted."""
+
     refused: int = 0
-    predictions: list[dict[str, Any]] = field(default_factory=list)
 
     def refuse(self, detail: str) -> None:
         self.refused += 1
@@ -40,6 +45,53 @@ class _Sums:
             typer.echo(f"refused: {detail}", err=True)
         elif self.refused == REFUSALS_SHOWN + 1:
             typer.echo("refused: more rows; they are counted", err=True)
+
+
+@dataclass
+class _Sums(Refusals):
+    samples: int = 0
+    labelled: int = 0
+    correct: int = 0
+    pairs: list[tuple[float, float]] = field(default_factory=list)  # of a regression: estimate and target
+    predictions: list[dict[str, Any]] = field(default_factory=list)
+
+
+def rows_of(source: FileSource, refusals: Refusals) -> Iterator[list[Sample]]:
+    """The file's samples, some at a time; a file that cannot be read ends the program."""
+    while not source.exhausted:
+        rows = source.poll(ROWS_AT_A_TIME)
+        for refusal in rows:
+            if isinstance(refusal, Refusal):
+                refusals.refuse(refusal.detail.removesuffix(" It is looked for again"))
+                if refusal.reason in ("file missing", "file unreadable"):
+                    raise typer.Exit(exit_codes.CRASH)
+        yield [row for row in rows if isinstance(row, Sample)]
+
+
+def of_each(compute: Callable[[Texts], Sequence[Found]], samples: Sequence[Sample], refusals: Refusals) -> list[Found | None]:
+    """What `compute` finds for each sample's text, in order; None for one that the backbone's tokenizer makes nothing of."""
+    found: list[Found | None] = [None] * len(samples)
+    left = list(range(len(samples)))
+    while left:
+        try:
+            for place, one in zip(left, compute([samples[i].text for i in left]), strict=True):
+                found[place] = one
+            break
+        except TextError as error:
+            refusals.refuse(f"{samples[left[error.index]].where}: the text {error.reason}")
+            del left[error.index]
+    return found
+
+
+@contextmanager
+def checkpoint_trouble_told() -> Iterator[None]:
+    """A checkpoint that cannot be used ends the program with one message."""
+    try:
+        yield
+    except CheckpointError as error:
+        typer.echo(f"edge-agent: {error}", err=True)
+        sys.stderr.flush()
+        raise typer.Exit(exit_codes.CRASH) from error
 
 
 def label_text(settings: AgentSettings, text: str | tuple[str, str], *, as_json: bool) -> None:
@@ -58,16 +110,16 @@ def label_text(settings: AgentSettings, text: str | tuple[str, str], *, as_json:
 
 def label_file(settings: AgentSettings, path: Path, *, as_json: bool, with_predictions: bool) -> None:
     source = FileSource(_source_settings(settings, path), path.name, lambda _: False)
+    with checkpoint_trouble_told():
+        if current_checkpoint(settings.state_directory).manifest.plan.task == "causal-lm":
+            from edge_agent.language_command import evaluate_file
+
+            evaluate_file(settings, source, as_json=as_json)
+            return
     predictor = _open(settings)
     sums = _Sums()
-    while not source.exhausted:
-        rows = source.poll(ROWS_AT_A_TIME)
-        for refusal in rows:
-            if isinstance(refusal, Refusal):
-                sums.refuse(refusal.detail.removesuffix(" It is looked for again"))
-                if refusal.reason in ("file missing", "file unreadable"):
-                    raise typer.Exit(exit_codes.CRASH)
-        _label(predictor, [row for row in rows if isinstance(row, Sample)], sums, keep=with_predictions)
+    for samples in rows_of(source, sums):
+        _label(predictor, samples, sums, keep=with_predictions)
     metric = METRICS[predictor.task]
     report = {
         "samples": sums.samples,
@@ -107,7 +159,7 @@ def _label(predictor: Predictor, samples: list[Sample], sums: _Sums, *, keep: bo
             known.append((sample, target_of(sample.label) if predictor.task == "regression" else label_index(sample.label, predictor.labels)))
         except RowError as error:
             sums.refuse(f"{sample.where}: {error}")
-    for (sample, expected), prediction in zip(known, _predict(predictor, known, sums), strict=True):
+    for (sample, expected), prediction in zip(known, of_each(predictor.predict, [sample for sample, _ in known], sums), strict=True):
         if prediction is None:
             continue
         sums.samples += 1
@@ -122,31 +174,12 @@ def _label(predictor: Predictor, samples: list[Sample], sums: _Sums, *, keep: bo
             sums.predictions.append({"id": sample.id, "text": text, "expected": wanted, **asdict(prediction)})
 
 
-def _predict(predictor: Predictor, known: list[tuple[Sample, float | None]], sums: _Sums) -> list[Prediction | Estimate | None]:
-    """Predictions in order; None for a text that the backbone's tokenizer makes nothing of."""
-    found: list[Prediction | Estimate | None] = [None] * len(known)
-    left = list(range(len(known)))
-    while left:
-        try:
-            for place, prediction in zip(left, predictor.predict([known[i][0].text for i in left]), strict=True):
-                found[place] = prediction
-            break
-        except TextError as error:
-            sums.refuse(f"{known[left[error.index]][0].where}: the text {error.reason}")
-            del left[error.index]
-    return found
-
-
 def _open(settings: AgentSettings) -> Predictor:
     return_memory_early()
-    try:
+    with checkpoint_trouble_told():
         return open_predictor(
             settings.backbone.folder, settings.state_directory, threads=settings.backbone.threads, batch_size=settings.backbone.batch_size,
         )
-    except CheckpointError as error:
-        typer.echo(f"edge-agent: {error}", err=True)
-        sys.stderr.flush()
-        raise typer.Exit(exit_codes.CRASH) from error
 
 
 def _source_settings(settings: AgentSettings, path: Path) -> FileSourceSettings:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_agent.backbone import Backbone, BackboneManifest, TextError, Texts, read_manifest
-from edge_agent.checkpoint_store import CheckpointError, CheckpointStore, StoredCheckpoint, load_checkpoint
+from edge_agent.checkpoint_store import CheckpointError, StoredCheckpoint, current_checkpoint, load_checkpoint
 from edge_agent.taps import check_plan, compute_taps
 from side_tuning.wire.codecs import round_trip
 
@@ -54,6 +54,8 @@ class Predictor:
                 f"checkpoint {checkpoint.manifest.generation} is for backbone {checkpoint.manifest.fingerprint}, this device "
                 f"runs {backbone.manifest.fingerprint}; wait for the agent to fetch the one for its backbone"
             )
+        if checkpoint.manifest.plan.task == "causal-lm":
+            raise CheckpointError(f"checkpoint {checkpoint.manifest.generation} is a language model's, which has no labels: use `edge-agent generate`")
         self.checkpoint = checkpoint
         self.labels = checkpoint.manifest.plan.labels
         self.task = checkpoint.manifest.plan.task
@@ -136,11 +138,7 @@ def open_predictor(backbone_folder: Path, state_directory: Path, *, threads: int
         BackboneError: the backbone cannot be used.
 
     """
-    checkpoint = CheckpointStore(state_directory).current()
-    if checkpoint is None:
-        raise CheckpointError(
-            f"there is no checkpoint in {state_directory} yet; leave the agent running until the coordinator publishes one"
-        )
+    checkpoint = current_checkpoint(state_directory)
     last_layer = max(checkpoint.manifest.plan.taps(read_manifest(backbone_folder).layers))
     backbone = Backbone.load(backbone_folder, threads=threads, last_layer=last_layer)
     return Predictor(backbone, checkpoint, batch_size=batch_size)

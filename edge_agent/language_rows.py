@@ -51,6 +51,11 @@ def language_rows(tokenizer: Tokenizer, texts: Texts, plan: TapPlan) -> list[Lan
     return found
 
 
+def context_places(first: int, every: int) -> list[int]:
+    """Which of the rows before row `first` are kept: every `every`-th, counted backwards from it; 0 keeps none."""
+    return list(range(first % every, first, every)) if every else []
+
+
 def _rows(index: int, ids: list[int], offsets: Sequence[tuple[int, int]], response_at: int, plan: TapPlan) -> LanguageRows:
     """`offsets` are each token's first character and end, `response_at` is the response's first character, 0 in a single text."""
     if len(ids) < 2:
@@ -69,7 +74,6 @@ def _rows(index: int, ids: list[int], offsets: Sequence[tuple[int, int]], respon
             "raise the plan's max_tokens",
             "prompt too long",
         )
-    every = plan.context_every
-    context = [place for place in range(first) if every and (first - place) % every == 0]
+    context = context_places(first, plan.context_every)
     kept = np.array([*context, *range(first, rows)], np.int64)
     return LanguageRows(ids[:rows], kept, np.array([*(ids[place] for place in kept), ids[rows]], np.int64), len(context))

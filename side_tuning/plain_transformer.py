@@ -157,6 +157,29 @@ class RealTokens:
         return rows.reshape(B, T, -1)
 
 
+class KeyValues:
+    """The keys and values of one block for the tokens of one text so far, (key heads, tokens, head width) each."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._keys = self._values = torch.empty(0, 0, 0)
+
+    def add(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append those of the next tokens; returns all of them."""
+        heads, T, head_width = keys.shape
+        if self.length + T > self._keys.shape[1]:  # twice the room, so that a token seldom costs a copy of all before it
+            room = max(64, 2 * (self.length + T))
+            for name in ("_keys", "_values"):
+                larger = keys.new_empty(heads, room, head_width)
+                if self.length:
+                    larger[:, : self.length] = getattr(self, name)[:, : self.length]
+                setattr(self, name, larger)
+        end = self.length + T
+        self._keys[:, self.length : end], self._values[:, self.length : end] = keys, values
+        self.length = end
+        return self._keys[:, :end], self._values[:, :end]
+
+
 class Block(nn.Module):
     """One transformer block, the norms before (`pre_norm`) or after its two halves."""
 
@@ -190,11 +213,7 @@ class Block(nn.Module):
 
     def _attention(self, x: Tensor, real: RealTokens, mask: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         B, T = real.shape
-        assert self.query is not None
-        if self.key is None or self.value is None:
-            q, k, v = self.query(x).chunk(3, dim=-1)
-        else:
-            q, k, v = self.query(x), self.key(x), self.value(x)
+        q, k, v = self._project(x)
         head_width = q.shape[-1] // self.heads
         q, k, v = (real.pad(part).view(B, T, -1, head_width).transpose(1, 2) for part in (q, k, v))  # (B, heads, T, head_width)
         if rotary is not None:
@@ -203,6 +222,36 @@ class Block(nn.Module):
             k, v = (part.repeat_interleave(self.heads // part.shape[1], dim=1) for part in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.attention_out(real.pack(out.transpose(1, 2).reshape(B, T, -1)))
+
+    def step(self, x: Tensor, seen: KeyValues, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        """(T, C) of the next tokens of one text to the same; their keys and values are added to `seen`."""
+        if self.pre_norm:
+            x = x + self._attend(self.attention_norm(x), seen, rotary)
+            return x + self._mlp(self.mlp_norm(x))
+        x = self.attention_norm(x + self._attend(x, seen, rotary))
+        return self.mlp_norm(x + self._mlp(x))
+
+    def _attend(self, x: Tensor, seen: KeyValues, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        T = len(x)
+        q, k, v = self._project(x)
+        head_width = q.shape[-1] // self.heads
+        q, k, v = (part.view(T, -1, head_width).transpose(0, 1) for part in (q, k, v))  # (heads, T, head_width)
+        if rotary is not None:
+            q, k = _rotate(q, rotary), _rotate(k, rotary)
+        k, v = seen.add(k, v)
+        sharing = self.heads // len(k)  # query heads that share a key head: their queries are rows of it
+        mask = None
+        if T > 1:  # token t of the new ones sees all before them, and the new ones up to itself
+            mask = torch.ones(T, k.shape[1], dtype=torch.bool).tril(k.shape[1] - T).repeat(sharing, 1)
+        out = F.scaled_dot_product_attention(q.reshape(1, len(k), sharing * T, head_width), k[None], v[None], attn_mask=mask)
+        return self.attention_out(out.reshape(self.heads, T, head_width).transpose(0, 1).reshape(T, -1))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        assert self.query is not None
+        if self.key is None or self.value is None:
+            q, k, v = self.query(x).chunk(3, dim=-1)
+            return q, k, v
+        return self.query(x), self.key(x), self.value(x)
 
     def _mlp(self, x: Tensor) -> Tensor:
         assert self.up is not None
@@ -241,7 +290,38 @@ class PlainTransformer(nn.Module):
         """Run the blocks; their outputs are taken by hooks. Padding must be on the right."""
         T = input_ids.shape[1]
         positions = torch.arange(T)
-        x = self.tokens(input_ids)
+        x = self._embed(input_ids, token_type_ids, positions)
+        rotary = self._rotary(positions)
+        mask = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T)
+        if self.causal:
+            mask = mask & torch.ones(T, T, dtype=torch.bool).tril()
+        real = RealTokens(attention_mask)
+        for block in self.blocks:
+            x = block(x, real, mask, rotary)
+
+    def step(self, ids: Tensor, seen: list[KeyValues]) -> list[Tensor]:
+        """Run the next tokens of one text, for causal families.
+
+        Args:
+            ids: (T,).
+            seen: each block's keys and values of the tokens before, to which those of these are added; new ones at the beginning.
+
+        Returns:
+            Each block's output, (T, width).
+
+        """
+        positions = torch.arange(seen[0].length, seen[0].length + len(ids))
+        x = self._embed(ids[None], None, positions)[0]
+        rotary = self._rotary(positions)
+        outputs = []
+        for block, block_seen in zip(self.blocks, seen, strict=True):
+            assert isinstance(block, Block)
+            x = block.step(x, block_seen, rotary)
+            outputs.append(x)
+        return outputs
+
+    def _embed(self, input_ids: Tensor, token_type_ids: Tensor | None, positions: Tensor) -> Tensor:
+        x: Tensor = self.tokens(input_ids)
         if self.projection is not None:
             x = self.projection(x)
         if self.types is not None:
@@ -250,17 +330,14 @@ class PlainTransformer(nn.Module):
             x = x + self.positions(positions + self.position_offset)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
-        rotary = None
-        if self.frequencies is not None:
-            angles = positions.float()[:, None] * self.frequencies[None, :]
-            angles = torch.cat((angles, angles), dim=-1)  # (T, head_width)
-            rotary = angles.cos(), angles.sin()
-        mask = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T)
-        if self.causal:
-            mask = mask & torch.ones(T, T, dtype=torch.bool).tril()
-        real = RealTokens(attention_mask)
-        for block in self.blocks:
-            x = block(x, real, mask, rotary)
+        return x
+
+    def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        if self.frequencies is None:
+            return None
+        angles = positions.float()[:, None] * self.frequencies[None, :]
+        angles = torch.cat((angles, angles), dim=-1)  # (T, head_width)
+        return angles.cos(), angles.sin()
 
 
 def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

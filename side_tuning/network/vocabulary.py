@@ -72,7 +72,7 @@ def token_losses(h: Tensor, vocabulary: Vocabulary, targets: Tensor) -> tuple[Te
     losses, right = torch.empty(len(h), device=h.device), torch.empty(len(h), dtype=torch.bool, device=h.device)
     with torch.no_grad():
         for rows in _slices(len(h), vocabulary):
-            logits = _logits(h[rows], vocabulary)
+            logits = logits_of(h[rows], vocabulary)
             losses[rows] = F.cross_entropy(logits, targets[rows], reduction="none")
             right[rows] = logits.argmax(-1) == targets[rows]
     return losses, right
@@ -90,7 +90,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         gradient = torch.empty_like(h)
         total = h.new_zeros(())
         for rows in _slices(len(h), vocabulary):
-            logits = _logits(h[rows], vocabulary)
+            logits = logits_of(h[rows], vocabulary)
             total += F.cross_entropy(logits, targets[rows], reduction="sum")
             odds = torch.softmax(logits, dim=-1)
             odds[torch.arange(len(odds), device=h.device), targets[rows]] -= 1.0
@@ -113,7 +113,8 @@ def _slices(rows: int, vocabulary: Vocabulary) -> list[slice]:
     return [slice(start, min(rows, start + size)) for start in range(0, rows, size)]
 
 
-def _logits(h: Tensor, vocabulary: Vocabulary) -> Tensor:
+def logits_of(h: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """Logits (n, V) of a few rows (n, e)."""
     if vocabulary.size <= VOCABULARY_AT_A_TIME:
         return h @ vocabulary.rows(0, vocabulary.size).T
     logits = h.new_empty(len(h), vocabulary.size)

@@ -78,3 +78,10 @@ def test_the_agent_is_measured_beside_plain_transformers(tmp_path):
         assert side["cpu_seconds_per_sample"] > 0
         assert side["seconds_per_sample"] > 0
         assert 0 < side["ready_seconds"] < side["first_frame_seconds"]
+
+
+@pytest.mark.slow
+def test_generation_is_measured_beside_the_backbone_alone(tmp_path):
+    found = written_by("generation", tmp_path, "--layers", "2", "--width", "64", "--side-width", "32", "--blocks", "2", "--turns", "2", "--tokens", "3")
+    assert {name: len(values) for name, values in found["figures"]["seconds_per_token"].items()} == {"backbone": 2, "with side network": 2}
+    assert found["bars"][0]["value"] > 0
