@@ -170,6 +170,8 @@ def drive(job: Job) -> Stretch:
                 devices.turn(0.05)
                 receipts = {device: devices.sessions[device].receipt for device in last}
                 receipted = sum(bool(told) and Receipt.from_bytes(told).stored_through >= last[device] for device, told in receipts.items())
+    except TimeoutError as error:
+        raise TimeoutError(f"the {job.side}: {error}") from error
     finally:
         devices.close()
     latencies = _latencies(reader, job, names, before, sent)
