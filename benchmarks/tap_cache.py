@@ -114,6 +114,7 @@ def through_the_wire(taps: Taps, plan: TapPlan, layers: tuple[int, ...]) -> tupl
             SampleInfo(name, int(taps.labels[n]), "train", int(taps.tokens[n])),
             {layer: np.ascontiguousarray(rows[:, place]) for place, layer in enumerate(layers)},
             maps,
+            max(taps.layers),
         )
         if not frame.has_room_for(sample, plan.frame_bytes):
             send()
