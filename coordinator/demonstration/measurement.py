@@ -35,6 +35,7 @@ class OnDevice:
     score: float
     checkpoint: int
     peak_rss_mb: float
+    untuned: float | None = None  # language models: bits per byte of the backbone alone
 
 
 @dataclass
@@ -74,6 +75,8 @@ def _measure_at_rest(fleet: RunningFleet, seen: Observation, measured: Measured)
         return
     view.phase("measuring the gateway's speed with frames of this run")
     measured.gateway_frames_per_second = measure_gateway(fleet.store, seen, fleet.folder / "throughput", broker=fleet.options.broker)
+    if fleet.options.task == "causal-lm":
+        return  # benchmarks.language compares
     training = fleet.settings.training
     measured.comparison = compare(
         fleet.devices,
@@ -101,7 +104,7 @@ def _measure_on_device(device: DemoDevice, rows_read: int) -> OnDevice | None:
         return None
     said = run_program(f"measuring {device.name}", [*program, "--file", str(held_out), "--json"], INFERRING_SECONDS)
     body = json.loads(said)
-    return OnDevice(float(body["score"]), int(body["checkpoint"]), float(body["peak_rss_mb"]))
+    return OnDevice(float(body["score"]), int(body["checkpoint"]), float(body["peak_rss_mb"]), body.get("backbone_score"))
 
 
 def _report(fleet: RunningFleet, seen: Observation, measured: Measured) -> Report:
@@ -127,11 +130,12 @@ def _report(fleet: RunningFleet, seen: Observation, measured: Measured) -> Repor
             centralised_score=measured.comparison.centralised_score if measured.comparison else None,
             per_device_score=measured.comparison.per_device_score if measured.comparison else None,
             gateway_frames_per_second=_rounded(measured.gateway_frames_per_second),
-            training_samples_per_second=_rounded(_training_rate(seen.evaluations, fleet.settings.training.batch_size)),
+            training_samples_per_second=_rounded(_training_rate(seen.evaluations, fleet.settings.training.of_task(fleet.settings.task.kind).batch_size)),
             peak_rss_mb=max(peaks, default=None),
             start_up_seconds=_rounded(fleet.first_sample_seconds),
         ),
         devices,
+        fleet.writer.texts if fleet.writer is not None else {},
     )
 
 
@@ -154,6 +158,8 @@ def _device_report(fleet: RunningFleet, seen: Observation, device: DemoDevice, o
         peak_rss_mb=round(peak / _MIB, 1) if peak else None,
         start_up_seconds=_rounded(fleet.start_up_seconds.get(device.name)),
         checkpoint=checkpoint or None,
+        untuned_score=on_device.untuned if on_device else None,
+        label=device.backbone.label,
     )
 
 

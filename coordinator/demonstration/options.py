@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.demonstration.data import DataError, Partition
+from side_tuning.wire.messages import Task
 
 LEAST_SECONDS = 30.0
 MOST_DEVICES = 64
+PROMPT = "My lord,"
 
 
 @dataclass(frozen=True)
 class Options:
     data: Path | None
     devices: int
-    partition: Partition
+    partition: Partition | None  # none: by user where there are users and the task is causal-lm, else iid
     broker: str
     seconds: float
     json: Path | None
@@ -25,6 +27,8 @@ class Options:
     state: Path | None
     compare: bool
     dashboard: int | None = None  # its port
+    task: Task = "classification"
+    prompt: str = PROMPT
 
 
 def parse_options(arguments: Sequence[str]) -> Options:
@@ -41,14 +45,18 @@ def parse_options(arguments: Sequence[str]) -> Options:
         help='folder with train.jsonl[.gz] and test.jsonl[.gz]; rows have "text" or "text_a" and "text_b", "label", and '
         'perhaps "user"; class names may stand in meta.json as "classes". Default: spoken smart-home commands that ship with the package',
     )
+    parser.add_argument(
+        "--task", choices=("classification", "causal-lm"), default="classification", help="causal-lm tunes small language models on the texts of --data, "
+        "which need no labels; what one of them writes is shown with every checkpoint",
+    )
+    parser.add_argument("--prompt", default=PROMPT, metavar="TEXT", help="causal-lm: what it goes on with (default %(default)r)")
     parser.add_argument("--devices", type=_whole(1, MOST_DEVICES), default=4, metavar="N", help="devices; four kinds of backbone in turn (default 4)")
     parser.add_argument(
         "--partition",
         type=_partition,
-        default="iid",
         metavar="P",
         help="who gets which rows: iid (default), dirichlet:ALPHA (labels skewed; the smaller the more), or user. Test rows are "
-        "dealt equally, under user with their users",
+        "dealt equally, under user with their users. causal-lm: user where the rows name users",
     )
     parser.add_argument("--broker", choices=("embedded", "mosquitto"), default="embedded", help="pure Python (default), or mosquitto")
     parser.add_argument(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -29,6 +29,8 @@ class DeviceReport:
     peak_rss_mb: float | None
     start_up_seconds: float | None  # from starting the program to its first connection
     checkpoint: int | None
+    untuned_score: float | None = None  # language models: of the backbone alone, by the device itself
+    label: str = ""  # of the backbone
 
 
 @dataclass(frozen=True)
@@ -58,26 +60,29 @@ class FleetReport:
 class Report:
     fleet: FleetReport
     devices: Sequence[DeviceReport]
+    written: Mapping[int, str] = field(default_factory=dict)  # language models: what one device wrote with each checkpoint
 
     def as_json(self) -> Mapping[str, object]:
-        return {"fleet": asdict(self.fleet), "devices": [asdict(device) for device in self.devices]}
+        return {"fleet": asdict(self.fleet), "devices": [asdict(device) for device in self.devices], "written": dict(self.written)}
 
 
 def print_report(report: Report, console: Console) -> None:
     """Two tables, at most 80 columns wide."""
     metric = next(one for one in METRICS.values() if one.name == report.fleet.metric)
     table = Table(title="The devices", title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for name in ("device", "MiniLM"):
+    language = metric is METRICS["causal-lm"]
+    for name in ("device", "backbone" if language else "MiniLM"):
         table.add_column(name, no_wrap=True)
-    for name in ("produced", "stored", "sent", metric.name, "on device", "memory"):
+    for name in ("stored", "sent", "untuned", "tuned", "on device", "memory") if language else ("produced", "stored", "sent", metric.name, "on device", "memory"):
         table.add_column(name, justify="right", no_wrap=True)
     for one in report.devices:
         table.add_row(
             one.device,
-            f"{one.layers} x {one.weights}",
-            f"{one.samples_produced:,}",
+            one.label if language else f"{one.layers} x {one.weights}",
+            *([] if language else [f"{one.samples_produced:,}"]),
             f"{one.samples_stored:,}",
             size_words(one.bytes_sent),
+            *([_score(metric, one.untuned_score)] if language else []),
             _score(metric, one.score),
             _score(metric, one.on_device_score),
             "" if one.peak_rss_mb is None else f"{one.peak_rss_mb:.0f} MB",
@@ -108,6 +113,8 @@ def print_report(report: Report, console: Console) -> None:
         if value:
             figures.add_row(name, value)
     console.print(figures)
+    for generation, text in sorted(report.written.items()):
+        console.print(f"checkpoint {generation} wrote: {text}", markup=False, highlight=False)
 
 
 def _score(metric: Metric, score: float | None) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from coordinator.demonstration.errors import DemoError
 from coordinator.demonstration.fleet import DemoDevice
+from coordinator.demonstration.language import Writer
 from coordinator.demonstration.observation import Observation, observe
 from coordinator.demonstration.options import Options
 from coordinator.demonstration.processes import Child, end_all
@@ -57,6 +58,7 @@ class RunningFleet:
         program.append("--no-dashboard" if options.dashboard is None else "--dashboard")
         self._coordinator = Child("coordinator", program, self.folder / "coordinator.log")
         self._agents = {device.name: device.agent() for device in devices}
+        self.writer = Writer(devices[0], options.prompt, self.folder) if options.task == "causal-lm" else None
         self._began = time.monotonic()
         self._began_at = time.time()
         self._arriving_since = self._began  # the clock of --seconds starts with the first sample
@@ -129,6 +131,8 @@ class RunningFleet:
             self.view.say("not every device has the newest checkpoint; each is measured with the one that it has")
 
     def _stop(self) -> None:
+        if self.writer is not None:
+            self.writer.end()
         end_all(list(self._agents.values()))
         deadline = time.monotonic() + GOODBYE_SECONDS
         while self._coordinator.running and time.monotonic() < deadline:
@@ -164,6 +168,8 @@ class RunningFleet:
         self.view.show(self.seen)
         if check:
             self._cut_power_once(self.seen)
+            if self.writer is not None and (written := self.writer.look(self.seen)):
+                self.view.say(written)
         return self.seen
 
     def _note_health(self, seen: Observation) -> None:
@@ -181,7 +187,7 @@ class RunningFleet:
         return seen.totals.ledger.settled and not any(seen.spooled(device.name) for device in self.devices)
 
     def _trained(self, seen: Observation) -> bool:
-        newest, knobs = seen.newest, self.settings.training
+        newest, knobs = seen.newest, self.settings.training.of_task(self.settings.task.kind)
         step = 0 if newest is None else newest.step
         if self._trainer_state[:2] != (step, seen.step):
             self._trainer_state = (step, seen.step, time.monotonic())

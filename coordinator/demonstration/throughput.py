@@ -45,7 +45,7 @@ def measure_gateway(store: Store, seen: Observation, folder: Path, *, broker: st
         return None
     config = folder / "coordinator.toml"
     broker_settings = {"host": LOOPBACK, "port": free_port(), "tls": False}
-    write_toml(config, {"data_directory": str(folder / "data"), "broker": broker_settings, "task": {"labels": list(seen.plan.labels)}})
+    write_toml(config, {"data_directory": str(folder / "data"), "broker": broker_settings, "task": {"kind": seen.plan.task, "labels": list(seen.plan.labels)}})
     settings = load_settings(config)
     _register(settings, store, seen)
     command = broker_command(cast("BrokerChoice", broker), settings)

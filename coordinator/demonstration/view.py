@@ -75,8 +75,7 @@ def device_table(devices: Sequence[DemoDevice], seen: Observation | None) -> Tab
         table.add_column(name, justify="right")
     for device in devices:
         one = None if seen is None else seen.devices.get(device.name)
-        manifest = device.backbone.manifest
-        backbone = f"MiniLM {manifest.layers} layers {manifest.weights}"
+        backbone = device.backbone.label
         if one is None:
             table.add_row(device.name, backbone, Text("starting", "dim"), *[""] * 6)
             continue

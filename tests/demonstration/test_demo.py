@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from coordinator.demonstration import corpus
+from tests.backbones.models import stories_folder
 from tests.brokers import needs_mosquitto
 from tests.waiting import wait_until
 
@@ -112,3 +113,24 @@ def test_unusable_data_is_told_in_a_line(tmp_path):
     assert complaints.startswith("demo: ")
     assert "is not a folder" in complaints
     assert "Traceback" not in complaints
+
+
+def test_a_language_model_is_tuned_measured_and_writes(tmp_path):
+    folder = tmp_path / "plays"
+    folder.mkdir()
+    lines = [f"My lord, the {colour} {thing} is come {n} times." for n in range(5) for colour in ("red", "green", "old") for thing in ("king", "fool", "ship", "ghost")]
+    for split, rows in (("train", lines * 4), ("test", lines[::6])):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps({"text": text, "user": f"role {n % 3}"}) + "\n" for n, text in enumerate(rows)))
+    stories_folder()  # or skipped
+    out = tmp_path / "out.json"
+    process = demo(tmp_path, "--task", "causal-lm", "--data", str(folder), "--devices", "1", "--seconds", "60", "--json", str(out), "--no-compare")
+    said, complaints = process.communicate(timeout=500)
+    assert process.returncode == 0, said + complaints
+    report = json.loads(out.read_text())
+    (device,) = report["devices"]
+    assert report["fleet"]["metric"] == "bits per byte"
+    assert report["fleet"]["ledger_balanced"] is True
+    assert device["score"] < device["untuned_score"]
+    assert device["on_device_score"] == pytest.approx(device["score"], abs=0.02)
+    assert report["written"]
+    assert all(text.startswith("My lord,") for text in report["written"].values())

@@ -85,7 +85,7 @@ def test_options_have_defaults():
     options = parse_options([])
     assert options.dashboard is None
     assert [parse_options(words).dashboard for words in (["--dashboard"], ["--dashboard", "8100"])] == [8080, 8100]
-    assert (options.devices, options.partition.kind, options.broker, options.compare, options.data) == (4, "iid", "embedded", True, None)
+    assert (options.devices, options.partition, options.broker, options.compare, options.data, options.task) == (4, None, "embedded", True, None, "classification")
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,17 @@ from dataclasses import replace
 
 import pytest
 
+from coordinator.backbones import prepare
 from edge_agent.backbone import read_manifest
 from edge_agent.checkpoint_store import INCOMING, CheckpointError, CheckpointStore, load_checkpoint
 from edge_agent.checkpoints import CheckpointReceiver
 from side_tuning.broker_connection import BrokerConnection, Message
 from side_tuning.signatures import load_public_key, load_signing_key, make_key, sign_manifest
 from side_tuning.wire import topics
+from tests.backbones.models import save_random_model
 from tests.brokers import mosquitto, needs_mosquitto
 from tests.edge_agent.artifacts import Checkpoint
+from tests.edge_agent.test_language_model import LanguageCheckpoint
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.broker, needs_mosquitto]
@@ -201,3 +204,16 @@ def test_half_a_swap_leaves_the_last_good_one(minilm, signing_key, tmp_path):
     assert CheckpointStore(tmp_path).current().manifest.generation == 2
     with pytest.raises(CheckpointError, match="damaged"):
         load_checkpoint(store.folder / "3")
+
+
+def test_a_language_models_checkpoint_is_put_in_use_and_a_misfit_refused(broker, coordinator, tmp_path, signing_key, public_key_file):
+    backbone = tmp_path / "backbone"
+    prepare(save_random_model("llama", tmp_path / "model"), backbone, weights="int8", max_tokens=48)
+    with Device(broker.settings, backbone, tmp_path / "state", public_key_file) as device:
+        LanguageCheckpoint(backbone, signing_key, 1).publish(coordinator)
+        wait_until(lambda: device.receiver.generation == 1 or device.receiver.error, 20, "in use")
+        assert device.receiver.error == ""
+        LanguageCheckpoint(backbone, signing_key, 2, width=8).publish(coordinator)
+        wait_until(lambda: device.receiver.error, 20, "refused")
+        assert "width of the backbone" in device.receiver.error
+        assert device.store.current().manifest.generation == 1
