@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from coordinator.demonstration import corpus
+from side_tuning.wire.messages import Task
 
 Text = str | tuple[str, str]
 
@@ -36,7 +38,7 @@ class DataError(ValueError):
 @dataclass(frozen=True)
 class Row:
     text: Text
-    label: str  # empty: there is none
+    label: str | float  # of a regression the number; empty: there is none
     user: str | None = None
 
     def as_json(self, split: str) -> str:
@@ -81,8 +83,10 @@ class Partition:
         raise DataError(f"partition {text!r} is not known: use iid, user, or dirichlet:ALPHA such as dirichlet:0.1")
 
 
-def load_dataset(folder: Path | None = None) -> Dataset:
-    """The data set in `folder`, or the shipped home commands."""
+def load_dataset(folder: Path | None = None, task: Task = "classification") -> Dataset:
+    """The data set in `folder`, or the shipped home commands; with numbers for labels where the task is regression."""
+    if folder is None and task == "regression":
+        raise DataError("the shipped home commands have classes, no numbers: give --data DIR; coordinator.demonstration.overlap_rows makes one of sentence pairs")
     if folder is None:
         raw = {"train": _read(corpus.TRAIN_FILE), "test": _read(corpus.TEST_FILE)}
         name = "home commands"
@@ -92,11 +96,23 @@ def load_dataset(folder: Path | None = None) -> Dataset:
             raise DataError(f"{folder} is not a folder: give one that holds train.jsonl[.gz] and test.jsonl[.gz]")
         raw = {part: _read(_find(folder, part)) for part in ("train", "test")}
         name, classes = folder.resolve().name, _classes(folder)
+    if task == "regression":
+        return Dataset(name, (), *(tuple(Row(text, _number(label, name), user) for text, user, label in raw[part]) for part in ("train", "test")))
     labels, names = _labels([label for rows in raw.values() for *_, label in rows], classes, name)
     train, test = (
         tuple(Row(text, names[label], user) for text, user, label in raw[part]) for part in ("train", "test")
     )
     return Dataset(name, labels, train, test)
+
+
+def _number(label: str | float, name: str) -> float:
+    try:
+        number = float(label)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f"{name}: label {label!r:.80} is no number; a regression needs one in every row, or leave out --task regression")
+    return number
 
 
 def _find(folder: Path, part: str) -> Path:
@@ -119,9 +135,9 @@ def _classes(folder: Path) -> list[str] | None:
     return [str(entry) for entry in classes] if isinstance(classes, list) else None
 
 
-def _read(path: Path) -> list[tuple[Text, str | None, str | int]]:
+def _read(path: Path) -> list[tuple[Text, str | None, str | float]]:
     opened: Any = gzip.open if path.suffix == ".gz" else open
-    rows: list[tuple[Text, str | None, str | int]] = []
+    rows: list[tuple[Text, str | None, str | float]] = []
     number = 0
     try:
         with opened(path, "rt", encoding="utf-8") as file:
@@ -137,7 +153,7 @@ def _read(path: Path) -> list[tuple[Text, str | None, str | int]]:
     return rows
 
 
-def _row(row: Any, path: Path, number: int) -> tuple[Text, str | None, str | int]:
+def _row(row: Any, path: Path, number: int) -> tuple[Text, str | None, str | float]:
     where = f"{path}, line {number}"
     if not isinstance(row, dict):
         raise DataError(f"{where}: a row must be an object, {_FORM}")
@@ -148,24 +164,26 @@ def _row(row: Any, path: Path, number: int) -> tuple[Text, str | None, str | int
     if not all(isinstance(part, str) and part.strip() for part in parts):
         raise DataError(f"{where}: no text; a row looks like {_FORM}")
     label = row.get("label")
-    if isinstance(label, bool) or not isinstance(label, int | str):
-        raise DataError(f"{where}: label is {label!r}; the demonstration needs a class for every row, {_FORM}")
+    if isinstance(label, bool) or not isinstance(label, int | float | str):
+        raise DataError(f"{where}: label is {label!r}; the demonstration needs a class for every row, or with --task regression a number, {_FORM}")
     user = row.get("user")
     return text, None if user is None else str(user), label
 
 
 def _labels(
-    used: Sequence[str | int], classes: list[str] | None, name: str
-) -> tuple[tuple[str, ...], dict[str | int, str]]:
+    used: Sequence[str | float], classes: list[str] | None, name: str
+) -> tuple[tuple[str, ...], dict[str | float, str]]:
     """The class names in order, and what each label found in the rows is called."""
     found = set(used)
+    if fractions := [label for label in found if isinstance(label, float)]:
+        raise DataError(f"{name}: label {fractions[0]} is no class; --task regression learns numbers")
     numbers = sorted(label for label in found if isinstance(label, int))
     if numbers and len(numbers) != len(found):
         raise DataError(f"{name}: some labels are numbers and some are names; use one or the other throughout")
     if classes is not None and len(set(classes)) != len(classes):
         raise DataError(f"{name}: classes in meta.json repeat; name each class once")
     if classes is None:
-        ordered: list[str | int] = [*numbers] if numbers else sorted(found, key=str)
+        ordered: list[str | float] = [*numbers] if numbers else sorted(found, key=str)
         names = {label: str(label) for label in ordered}
         return tuple(names.values()), names
     if numbers:
@@ -223,7 +241,7 @@ def _equally(rows: int, devices: int, random: np.random.Generator) -> list[list[
 
 def _by_label(dataset: Dataset, alpha: float, devices: int, random: np.random.Generator) -> list[list[int]]:
     """Each class is split over the devices in proportions drawn from Dirichlet(alpha)."""
-    by_label: dict[str, list[int]] = {label: [] for label in dataset.labels}
+    by_label: dict[str | float, list[int]] = {label: [] for label in dataset.labels}
     for index, row in enumerate(dataset.train):
         by_label[row.label].append(index)
     for _ in range(_DRAWS):

@@ -85,7 +85,7 @@ def _interrupt(*_: object) -> None:
 def demonstrate(options: Options, console: Console) -> tuple[Report, bool]:
     """Run it all; the report, and whether it ran to its end."""
     language = options.task == "causal-lm"
-    dataset, anchors = set_anchors_aside(load_texts(options.data) if language else load_dataset(options.data), options.seed)
+    dataset, anchors = set_anchors_aside(load_texts(options.data) if language else load_dataset(options.data, options.task), options.seed)
     named = language and all(row.user is not None for row in dataset.train)
     shares = deal(dataset, options.partition or Partition("user" if named else "iid"), options.devices, options.seed)
     if options.broker == "mosquitto":

@@ -46,7 +46,8 @@ def parse_options(arguments: Sequence[str]) -> Options:
         'perhaps "user"; class names may stand in meta.json as "classes". Default: spoken smart-home commands that ship with the package',
     )
     parser.add_argument(
-        "--task", choices=("classification", "causal-lm"), default="classification", help="causal-lm tunes small language models on the texts of --data, "
+        "--task", choices=("classification", "regression", "causal-lm"), default="classification",
+        help="regression learns numbers, which every label of --data is then; causal-lm tunes small language models on the texts of --data, "
         "which need no labels; what one of them writes is shown with every checkpoint",
     )
     parser.add_argument("--prompt", default=PROMPT, metavar="TEXT", help="causal-lm: what it goes on with (default %(default)r)")

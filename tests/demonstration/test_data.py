@@ -19,6 +19,7 @@ from coordinator.demonstration.data import (
     load_dataset,
     write_share,
 )
+from coordinator.demonstration.overlap_rows import write_overlaps
 
 
 def write(folder, train, test, *, meta=None, compressed=False):
@@ -181,3 +182,30 @@ def test_a_run_cut_short_is_measured_on_the_held_out_rows_that_were_read(tmp_pat
     assert held_out_among(samples, 100, tmp_path / "read.jsonl") == len(wanted)
     assert (tmp_path / "read.jsonl").read_text(encoding="utf-8").splitlines() == wanted
     assert held_out_among(samples, 10**6, tmp_path / "read.jsonl") == sum('"split": "held-out"' in line for line in lines)
+
+
+def test_pairs_with_numbers_are_a_data_set_for_a_regression(tmp_path):
+    """And the numbers that are computed for pairs are what their description says."""
+    pairs = [{"text_a": "A man runs home.", "text_b": "a man runs"}, {"text_a": "Rain", "text_b": "Snow"}]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps({**pair, "label": 1}) + "\n" for pair in pairs * 20))
+    assert write_overlaps(tmp_path, tmp_path / "rated") == 80
+    dataset = load_dataset(tmp_path / "rated", "regression")
+    assert dataset.labels == ()
+    assert {row.label for row in dataset.train} == {3.75, 0.0}
+    row = json.loads(dataset.train[1].as_json("train"))
+    assert row == {"text_a": "Rain", "text_b": "Snow", "label": 0.0, "split": "train"}, "nought is a number too"
+    assert len(deal(dataset, Partition("iid"), 2, 0)) == 2
+    with pytest.raises(DataError, match="no labels that could be skewed"):
+        deal(dataset, Partition.parse("dirichlet:0.1"), 2, 0)
+    with pytest.raises(DataError, match="--task regression learns numbers"):
+        load_dataset(tmp_path / "rated")
+    with pytest.raises(DataError, match="give --data DIR"):
+        load_dataset(None, "regression")
+
+
+def test_a_word_is_no_number(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text('{"text": "x", "label": "high"}\n')
+    with pytest.raises(DataError, match="'high' is no number"):
+        load_dataset(tmp_path, "regression")
