@@ -6,8 +6,6 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from edge_agent.flash.image.tree import EPOCH, ImageError, run
@@ -32,8 +30,7 @@ def add_agent(root: Path) -> None:
     uv = shutil.which("uv") or shutil.which("uv", path=str(Path(sys.executable).parent))
     if uv is None:
         raise ImageError("uv is not installed: pip install uv")
-    with chroot(root) as inside:
-        inside(["/usr/bin/python3", "-m", "venv", "--without-pip", f"/{ENVIRONMENT}"])
+    in_root(root, ["/usr/bin/python3", "-m", "venv", "--without-pip", f"/{ENVIRONMENT}"])
     library = next((root / ENVIRONMENT / "lib").glob("python3.*"))
     packages = library / "site-packages"
     version = library.name.removeprefix("python")
@@ -54,8 +51,7 @@ def add_agent(root: Path) -> None:
 def compile_agent(root: Path) -> None:
     """Import once under emulation of the oldest processor that must do, which leaves the compiled files behind."""
     set_times(root / ENVIRONMENT)
-    with chroot(root) as inside:
-        inside([f"/{ENVIRONMENT}/bin/python", "-c", f"import {STARTS}, {AGENT}"])
+    in_root(root, [f"/{ENVIRONMENT}/bin/python", "-c", f"import {STARTS}, {AGENT}"])
 
 
 def configure(root: Path, backbone: Path | None = None) -> None:
@@ -81,10 +77,8 @@ def configure(root: Path, backbone: Path | None = None) -> None:
         log.write_text("")
     if (root / "usr/bin/py3compile.debian").exists():
         (root / "usr/bin/py3compile").unlink()
-        with chroot(root) as inside:
-            inside(["dpkg-divert", "--local", "--rename", "--remove", "/usr/bin/py3compile"])
-    with chroot(root) as inside:
-        inside(["systemd-sysusers"])  # the first boot makes no users: the stamps below tell it that all is done
+        in_root(root, ["dpkg-divert", "--local", "--rename", "--remove", "/usr/bin/py3compile"])
+    in_root(root, ["systemd-sysusers"])  # the first boot makes no users: the stamps below tell it that all is done
     for stamp in ("etc/.updated", "var/.updated"):
         (root / stamp).touch()  # spares the first boot what the build has done
     set_times(root)
@@ -100,28 +94,14 @@ def set_times(top: Path) -> None:
                 os.utime(os.path.join(folder, name), (EPOCH, EPOCH), follow_symlinks=False)
 
 
-@contextmanager
-def chroot(root: Path) -> Iterator[Chroot]:
-    """Run programs of the tree by user-mode emulation. Only /dev and /proc are there: with /sys some libraries crash under emulation."""
-    places = [root / "dev", root / "proc"]
-    mounted = []
-    try:
-        for place in places:
-            place.mkdir(exist_ok=True)
-            run(["mount", "--bind", f"/{place.name}", str(place)])
-            mounted.append(place)
-        yield Chroot(root)
-    finally:
-        for place in reversed(mounted):
-            run(["umount", str(place)])
+# Mounted in a namespace of its own, which ends with the program: what a killed build leaves behind would else have this machine's
+# /dev in it, for the next one to delete.
+_ENTER = 'mount --bind /dev "$0/dev" && mount --bind /proc "$0/proc" && exec chroot "$0" "$@"'
 
 
-class Chroot:
-    """See `chroot`."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-
-    def __call__(self, command: list[str]) -> str:
-        environment = {"QEMU_CPU": "cortex-a72", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
-        return run(["chroot", str(self._root), *command], environment=environment)
+def in_root(root: Path, command: list[str]) -> str:
+    """Run a program of the tree by user-mode emulation. Only /dev and /proc are there: with /sys some libraries crash under emulation."""
+    for name in ("dev", "proc"):
+        (root / name).mkdir(exist_ok=True)
+    environment = {"QEMU_CPU": "cortex-a72", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
+    return run(["unshare", "--mount", "--propagation", "private", "sh", "-c", _ENTER, str(root), *command], environment=environment)
