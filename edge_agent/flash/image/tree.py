@@ -38,20 +38,20 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mobillm-fleet" / "trees"
 
 
-def debian_tree(wanted: Sequence[str], cache: Path) -> Path:
-    """The tar of a tree with these packages, made where the cache has none: the first time half an hour.
+def debian_tree(wanted: Sequence[str], cache: Path, *, mirror: str = MIRROR, more: Sequence[str] = ()) -> Path:
+    """The tar of a tree with these packages, made where the cache has none: the first time half an hour. `more` are options of mmdebstrap.
 
     Raises:
         ImageError: mmdebstrap is missing or fails.
 
     """
-    key = hashlib.sha256("\n".join([SUITE, str(EPOCH), *_OPTIONS, *wanted]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\n".join([SUITE, str(EPOCH), *_OPTIONS, *more, *wanted]).encode()).hexdigest()[:16]
     path = cache / f"{SUITE}-arm64-{key}.tar"
     if path.exists():
         return path
     cache.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".new")
-    run(["mmdebstrap", *_OPTIONS, f"--include={','.join(wanted)}", SUITE, str(aside), MIRROR], environment={"SOURCE_DATE_EPOCH": str(EPOCH)})
+    run(["mmdebstrap", *_OPTIONS, *more, f"--include={','.join(wanted)}", SUITE, str(aside), mirror], environment={"SOURCE_DATE_EPOCH": str(EPOCH)})
     aside.replace(path)
     return path
 
