@@ -144,7 +144,7 @@ def _version(said: str) -> int:
 
 def test_rejections_are_listed_and_retried(config, artifact, tmp_path):
     coordinator("database", "upgrade", config=config)
-    plan = replace(PLAN, version=_version(coordinator("plan", "set", config=config).stdout))
+    plan = replace(PLAN, codec="rot4", version=_version(coordinator("plan", "set", config=config).stdout))  # what the settings ask for
     store = open_store(f"sqlite:///{tmp_path / 'data' / 'coordinator.db'}")
     with store.write() as session:
         for sequence in (1, 2):
