@@ -51,7 +51,7 @@ def make_backbone(folder: Path, layers: int, width: int) -> None:
 def make_side(backbone: Backbone, side_width: int, blocks: int) -> Side:
     manifest = backbone.manifest
     plan = TapPlan(1, (), blocks, mode="sequence", rank=128, task="causal-lm", last_rank=176)
-    alignment = LanguageAlignment(LanguageAlignmentConfig(128, manifest.width, manifest.width, side_width, blocks))
+    alignment = LanguageAlignment(LanguageAlignmentConfig(min(plan.rank, manifest.width), manifest.width, manifest.width, side_width, blocks))
     alignment.reset_projection(torch.Generator().manual_seed(1))
     return Side(alignment.eval(), LanguageLadder(LanguageLadderConfig(side_width, blocks, expansion=4)).eval(), plan)
 

@@ -193,6 +193,8 @@ def train(training: Training, store: Store, settings: CoordinatorSettings, stop:
                 break
             _offer(training, store, settings, now)
         if may_step(training, settings):
+            if training.step == 0:  # however long anchors and first samples took: one step is nothing to send out
+                evaluated_at = saved_at = time.monotonic()
             take_step(training, settings)
             stepped_at = time.monotonic()
         elif not behind:
