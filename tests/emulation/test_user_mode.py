@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ from side_tuning.wire.frame import decode_frame
 from side_tuning.wire.messages import TapPlan
 from tests.brokers import needs_mosquitto
 from tests.emulation.card_kernel import BINFMT, needs_card_kernel, run_with_card
-from tests.emulation.host_side import DEVICE, HostSide, rows, running
+from tests.emulation.host_side import DEVICE, SAMPLES, HostSide, as_lines, rows, running
 from tests.emulation.test_secrets import first_boot, found, partition_bytes, secrets_of
 from tests.flash.images import SBIN, needs_image_tools
 from tests.flash.test_first_boot import PASSPHRASE
@@ -102,8 +103,8 @@ class UserMode(HostSide):
         self.say(f"image of {self.image.stat().st_size:,} bytes made")
 
     @contextmanager
-    def agent(self, name: str) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-        """The service as its unit starts it, on the card; all mounts end with it."""
+    def agent(self, name: str, new_samples: str = "") -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+        """The service as its unit starts it, on the card, after `new_samples` came; all mounts end with it."""
         place = self.folder / name
         place.mkdir()
         root, var = (f"noatime,loop,offset={part.start},sizelimit={part.size}" for part in (self.partition(1), self.partition(2)))
@@ -112,6 +113,7 @@ class UserMode(HostSide):
                 "set -eu",
                 f"mount -o ro,{root} {self.card} {place}",
                 f"mount -o {var} {self.card} {place}/var",
+                f"printf %s {shlex.quote(new_samples)} >> {place}/var/lib/mobillm-fleet/samples.jsonl",
                 f"grep -q '^PARTUUID=[^ ]* / ext4 ro,' {place}/etc/fstab",
                 f"mount -t tmpfs tmpfs {place}/tmp",
                 f"mount --bind /dev {place}/dev",
@@ -179,7 +181,11 @@ def test_a_flashed_card_comes_to_stored_activations_on_arm64(tmp_path: Path):
         assert set(steps) == {*ORDER} - {"asked", "approved"}  # a claim that is given out is approved
         assert all(step["done"] and not step["overdue"] for step in steps.values()), steps
 
-    texts = [row["text"] for row in rows()]
+        with host.agent("second", as_lines(rows(SAMPLES))) as (agent, log):
+            host.wait(agent, log, SECONDS, samples=2 * SAMPLES)
+        assert host.query("select count(*) from certificates") == 1, "the second boot enrolled anew"
+
+    texts = [row["text"] for row in rows() + rows(SAMPLES)]
     here = compute_taps(Backbone.load(host.backbone), texts, TapPlan(1, ("light", "music"), 2)).values
     there = host.taps()
     assert list(there) == list(here)
