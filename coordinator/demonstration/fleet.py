@@ -97,13 +97,18 @@ def preparation_digest() -> str:
 
 
 def _prepare(model: Path, layers: int, weights: Weights, cache: Path, say: Say) -> PreparedBackbone:
-    folder = cache / f"minilm-{layers}-{weights}"
+    words = f"MiniLM cut to {layers} layers, {weights}"
+    return prepare_once(cache / f"minilm-{layers}-{weights}", words, ["--model", str(model), "--layers", str(layers), "--weights", weights], say)
+
+
+def prepare_once(folder: Path, words: str, options: Sequence[str], say: Say) -> PreparedBackbone:
+    """The artifact in `folder`, made by the shipped command with `options` if it is not there whole; `words` name it for people."""
     try:
         return PreparedBackbone(check_artifact(folder), folder)
     except BackboneError:
-        say(f"preparing a backbone: MiniLM cut to {layers} layers, {weights}")
-    program = [sys.executable, "-m", "coordinator.cli", "backbone", "prepare", "--model", str(model), "--out", str(folder)]
-    run_program("preparing a backbone", [*program, "--layers", str(layers), "--weights", weights], PREPARING_SECONDS)
+        say(f"preparing a backbone: {words}")
+    program = [sys.executable, "-m", "coordinator.cli", "backbone", "prepare", "--out", str(folder)]
+    run_program("preparing a backbone", [*program, *options], PREPARING_SECONDS)
     return PreparedBackbone(check_artifact(folder), folder)
 
 

@@ -8,18 +8,18 @@ from pathlib import Path
 from coordinator.demonstration.data import DataError, Dataset, Row
 from coordinator.demonstration.errors import DemoError
 from coordinator.demonstration.fleet import (
-    PREPARING_SECONDS,
     DemoDevice,
     PreparedBackbone,
     Say,
     preparation_digest,
+    prepare_once,
 )
 from coordinator.demonstration.observation import Observation
-from coordinator.demonstration.processes import Child, run_program
+from coordinator.demonstration.processes import Child
 from coordinator.demonstration.small_models import STORIES, TOKENIZER, make_models
 from coordinator.demonstration.small_models import cache_folder as models_folder
 from coordinator.demonstration.text_rows import read_texts
-from side_tuning.backbone_manifest import BackboneError, Weights, check_artifact
+from side_tuning.backbone_manifest import Weights
 
 # Dealt to the devices in turn: the model that stories260K is, and the small ones made here.
 BACKBONES: tuple[tuple[str, Weights], ...] = (("stories260K", "int8"), ("llama-96x4", "int8"), ("opt-64x6", "int8"), ("llama-48x3", "float"))
@@ -54,14 +54,8 @@ def prepare_decoders(count: int, cache: Path, say: Say) -> list[PreparedBackbone
 
 def _prepare(name: str, weights: Weights, cache: Path, calibration: Path, say: Say) -> PreparedBackbone:
     model = TOKENIZER if name == TOKENIZER.name else make_models(models_folder(), [name], say=say)[name]
-    folder = cache / f"{name}-{weights}"
-    try:
-        return PreparedBackbone(check_artifact(folder), folder)
-    except BackboneError:
-        say(f"preparing a backbone: {name}, {weights}")
-    program = [sys.executable, "-m", "coordinator.cli", "backbone", "prepare", "--model", str(model), "--out", str(folder)]
-    run_program("preparing a backbone", [*program, "--weights", weights, "--calibrate", str(calibration)], PREPARING_SECONDS)
-    return PreparedBackbone(check_artifact(folder), folder)
+    options = ["--model", str(model), "--weights", weights, "--calibrate", str(calibration)]
+    return prepare_once(cache / f"{name}-{weights}", f"{name}, {weights}", options, say)
 
 
 class Writer:

@@ -31,15 +31,19 @@ class Measurement:
     samples: int
 
 
-def evaluate(cache: TapCache, learner: Learner, largest: int, task: Task = "classification") -> list[Measurement]:
-    """Measure on up to `largest` held-out samples, spread evenly over all; empty where there are none."""
+def held_out_samples(cache: TapCache, largest: int) -> np.ndarray:
+    """Numbers of up to `largest` held-out samples, spread evenly over all; by backbone type, so that every batch is one group in order."""
     held_out = np.flatnonzero(cache.records["held_out"])
-    if not len(held_out):
-        return []
     if len(held_out) > largest:
         held_out = held_out[np.linspace(0, len(held_out) - 1, largest).astype(np.int64)]
-    # By backbone type, so that every batch is one group and its losses keep their order.
-    held_out = held_out[np.argsort(cache.records["shard"][held_out], kind="stable")]
+    return held_out[np.argsort(cache.records["shard"][held_out], kind="stable")]
+
+
+def evaluate(cache: TapCache, learner: Learner, largest: int, task: Task = "classification") -> list[Measurement]:
+    """Measure on up to `largest` held-out samples, spread evenly over all; empty where there are none."""
+    held_out = held_out_samples(cache, largest)
+    if not len(held_out):
+        return []
     records = cache.records[held_out]
     answers, truths = np.empty(len(held_out), np.float64), np.empty(len(held_out), np.float64)  # classes, or numbers
     losses = np.empty(len(held_out), np.float64)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from coordinator.store.training import Scope
-from coordinator.training.evaluation import Measurement
+from coordinator.training.evaluation import Measurement, held_out_samples
 from coordinator.training.language_learner import LanguageLearner
 from coordinator.training.tap_cache import TapCache
 from side_tuning.token_bytes import bits_per_byte
@@ -22,13 +22,9 @@ def evaluate_language(cache: TapCache, learner: LanguageLearner, largest: int) -
 
     The scope "untuned" has what the backbones do without the side network, per device and for the fleet.
     """
-    held_out = np.flatnonzero(cache.records["held_out"])
+    held_out = held_out_samples(cache, largest)
     if not len(held_out):
         return []
-    if len(held_out) > largest:
-        held_out = held_out[np.linspace(0, len(held_out) - 1, largest).astype(np.int64)]
-    # By backbone type, so that every batch is one group and its losses keep their order.
-    held_out = held_out[np.argsort(cache.records["shard"][held_out], kind="stable")]
     records = cache.records[held_out]
     sums = np.zeros((len(held_out), 4))  # nats, untuned nats, tokens, bytes
     published = learner.published()

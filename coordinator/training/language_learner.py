@@ -51,7 +51,6 @@ class TokenLosses:
     """What the rows of `Rows` lose, (N, T); zero where a row has no target."""
 
     nats: np.ndarray
-    right: np.ndarray  # whether the target was the most probable token
     untuned: np.ndarray  # nats of the backbone alone, through the same codec
     tokens: np.ndarray  # 1 where a row has a target
     text_bytes: np.ndarray  # of the targets
@@ -76,16 +75,12 @@ class PublishedLanguage(PublishedFiles):
         z, _ = self.ladder(*alignment.enter(x, ends.head.embed(ids)))
         wanted = targets != NO_TARGET
         restored = ends.head.restore(last[wanted])
-        found = [torch.zeros(wanted.shape, device=at) for _ in range(3)]
-        for place, h in ((0, alignment.leave(z[wanted], restored)), (2, restored)):
-            losses, right = token_losses(ends.head.before_vocabulary(h), ends.head.vocabulary, targets[wanted])
-            found[place][wanted] = losses
-            if place == 0:
-                found[1][wanted] = right.float()
-        nats, right_rows, untuned = (part.cpu().numpy() for part in found)
+        nats, untuned = (torch.zeros(wanted.shape, device=at) for _ in range(2))
+        for losses, h in ((nats, alignment.leave(z[wanted], restored)), (untuned, restored)):
+            losses[wanted], _ = token_losses(ends.head.before_vocabulary(h), ends.head.vocabulary, targets[wanted])
         counted = wanted.cpu().numpy()
         text_bytes = np.where(counted, ends.bytes_of[np.where(counted, rows.language.targets, 0)], 0)
-        return TokenLosses(nats, right_rows, untuned, counted, text_bytes)
+        return TokenLosses(nats.cpu().numpy(), untuned.cpu().numpy(), counted, text_bytes)
 
 
 def ladder_config(settings: TrainingSettings, blocks: int) -> LanguageLadderConfig:
