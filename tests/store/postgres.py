@@ -46,12 +46,15 @@ def running_postgres() -> Iterator[str]:
     data = folder / "data"
     server = None
     try:
-        subprocess.run(
+        made = subprocess.run(
             [programs / "initdb", "-D", data, "-U", "coordinator", "-A", "trust", "--no-sync", "-E", "UTF8"],
-            check=True,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
             **as_user,
         )
+        if made.returncode != 0:
+            raise RuntimeError(f"initdb ended with {made.returncode} and said:\n{made.stdout}")
         with (folder / "log").open("wb") as log:
             server = subprocess.Popen(
                 [programs / "postgres", "-D", data, "-p", str(port), "-h", "127.0.0.1", "-k", "", "-c", "fsync=off"],
