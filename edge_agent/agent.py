@@ -249,7 +249,7 @@ class Agent:
             if self.plans.settle():
                 self.report_soon()
             plan = self.plans.current
-            if self._frame is not None and (self._frame.plan != plan or self._frame.lingered(self._monotonic())) and not self._close_frame():
+            if self._frame is not None and (self._frame.plan != plan or self._frame.is_due(self._monotonic())) and not self._close_frame():
                 self._wait_for_room()
                 continue
             if plan is None or self._paused:
@@ -266,6 +266,9 @@ class Agent:
                 self._ready_plan = plan
                 self._forward_seconds += self._monotonic() - started
                 self._forwarded_samples += len(samples)
+            elif self._nothing_more_comes() and self._frame is not None:
+                if not self._close_frame():
+                    self._wait_for_room()
             else:
                 self._check_done()
                 ending.wait(IDLE_SECONDS)
@@ -343,8 +346,11 @@ class Agent:
             self._waiting_for = reason
             self.report_soon()
 
+    def _nothing_more_comes(self) -> bool:
+        return self.settings.run.exit_when_done and all(source.exhausted for source in self._sources)
+
     def _check_done(self) -> None:
-        if not self.settings.run.exit_when_done or self._frame is not None or not all(s.exhausted for s in self._sources):
+        if self._frame is not None or not self._nothing_more_comes():
             return
         if not self._done.is_set() and not self.spool.pending(0, 1):
             logger.info("every source is read and every frame is receipted")

@@ -56,8 +56,9 @@ class OpenFrame:
         self.samples.append(sample)
         self.payload_bytes += sample.encoded_bytes(self.plan)
 
-    def lingered(self, now: float) -> bool:
-        return bool(self.samples) and now - self.opened_at >= self.plan.linger_seconds
+    def is_due(self, now: float) -> bool:
+        """Whether it need not wait for another sample: it is full, or has waited for long enough."""
+        return len(self.samples) >= self.plan.frame_samples or (bool(self.samples) and now - self.opened_at >= self.plan.linger_seconds)
 
     def payloads(self, identity: tuple[str, str, int], produced: int, fingerprint: str, frame_bytes: int) -> list[bytes]:
         """The frame's payload, or its parts. `identity` is device, spool and sequence."""

@@ -217,6 +217,22 @@ def test_a_stop_brings_the_open_frame_into_the_spool(receiver, settings, tmp_pat
     assert len(receiver.sample_ids()) == 5
 
 
+def test_a_frame_waits_for_nothing_that_will_not_come(receiver, settings, tmp_path):
+    """Whole batches fill whole frames, and the last, half-full one is sent once every source is read, though it might stay open for an hour."""
+    write_rows(tmp_path / "rows.jsonl", 5)
+    receiver.publish_plan(plan(linger_seconds=3600.0, frame_samples=2))
+    rows = {"sources": [{"kind": "file", "path": str(tmp_path / "rows.jsonl"), "follow": True}]}
+    with RunningAgent(settings(**rows)):
+        wait_until(lambda: len(receiver.sample_ids()) == 4, 30, "two full frames")
+    with RunningAgent(settings(**DONE)) as agent:
+        wait_until(agent.ended, 60, "done")
+    assert len(receiver.sample_ids()) == 5
+    write_rows(tmp_path / "rows.jsonl", 1, start=5)
+    with RunningAgent(settings(**DONE)) as agent:
+        wait_until(agent.ended, 60, "done")
+    assert len(receiver.sample_ids()) == 6
+
+
 def test_pause_and_resume_by_command_and_the_pause_outlives_a_restart(receiver, settings, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", 5)
     options = {"sources": [{"kind": "file", "path": rows, "follow": True}]}

@@ -73,7 +73,15 @@ def test_rows_stay_with_their_samples():
 
 def test_it_lingers_only_with_samples_in_it():
     frame = OpenFrame(plan(linger_seconds=2.0), 0.0, 10.0)
-    assert not frame.lingered(100.0)
+    assert not frame.is_due(100.0)
     frame.add(tapped(0))
-    assert not frame.lingered(11.9)
-    assert frame.lingered(12.0)
+    assert not frame.is_due(11.9)
+    assert frame.is_due(12.0)
+
+
+def test_a_full_frame_is_due_at_once():
+    frame = OpenFrame(plan(linger_seconds=3600.0, frame_samples=2), 0.0, 10.0)
+    frame.add(tapped(0))
+    assert not frame.is_due(10.0)
+    frame.add(tapped(1))
+    assert frame.is_due(10.0)
