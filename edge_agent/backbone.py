@@ -7,6 +7,7 @@ for do not run; a text's result does not depend on what else is in its batch.
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from edge_agent.language_rows import LanguageRows, language_rows
 from edge_agent.memory import MappedFile, let_go_of_code
 from side_tuning.backbone_manifest import (
+    CONFIG,
     MAPS,
     TOKENIZER,
     WEIGHTS,
@@ -74,6 +76,9 @@ class Backbone:
         self._folder = folder
         config: Any = model.config
         self._pad = config.pad_token_id if isinstance(config.pad_token_id, int) and config.pad_token_id >= 0 else 0
+        ends = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("eos_token_id")
+        self.end_tokens: list[int] = ends if isinstance(ends, list) else [ends] if isinstance(ends, int) else []
+        """Those that end a text; of several the first is the model's own, the others are of its way to chat."""
         self._type_ids = getattr(config, "type_vocab_size", 0) > 1
         self._tap: dict[int, Tensor] = {}
         self._maps: dict[int, np.ndarray[Any, Any]] = {}
@@ -148,7 +153,7 @@ class Backbone:
         if not texts:
             raise BackboneError("no texts were given")
         _check_texts(texts)
-        rows = language_rows(self._tokenizer, texts, plan)
+        rows = language_rows(self._tokenizer, texts, plan, next(iter(self.end_tokens), None))
         return self._forward([row.read for row in rows], layers), rows
 
     def _forward(self, tokens: Sequence[list[int]], layers: Sequence[int], type_ids: Sequence[list[int]] | None = None) -> Activations:

@@ -65,9 +65,8 @@ class Generator:
         self._backbone = backbone
         self._head = LanguageHead.load(backbone.folder)
         self._side = side
+        self._ends = set(backbone.end_tokens)
         config = json.loads((backbone.folder / CONFIG).read_text(encoding="utf-8"))
-        ends = config.get("eos_token_id")
-        self._ends = {ends} if isinstance(ends, int) else set(ends or ())
         self.longest = int(config.get("max_position_embeddings") or config.get("n_positions") or backbone.manifest.max_tokens)
         """Tokens of prompt and answer together that the backbone has positions for."""
         self._known = min(backbone.tokenizer.get_vocab_size(), self._head.vocabulary.size)  # tables have more entries than there are tokens

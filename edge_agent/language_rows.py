@@ -2,7 +2,8 @@
 
 A row is a position with a next token. Of a single text every row is trained. Of a pair (prompt, response), which a decoder
 reads as one text with a line break between, only the rows whose next token is of the response are; of the prompt's other rows
-every k-th is kept as context, counted backwards from them.
+every k-th is kept as context, counted backwards from them. Behind a response stands the backbone's end token, so that the end
+of an answer is learned too.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class LanguageRows:
     supervised_from: int  # the first of the kept rows that is trained
 
 
-def language_rows(tokenizer: Tokenizer, texts: Texts, plan: TapPlan) -> list[LanguageRows]:
-    """The rows of each text or pair.
+def language_rows(tokenizer: Tokenizer, texts: Texts, plan: TapPlan, end: int | None = None) -> list[LanguageRows]:
+    """The rows of each text or pair; `end` is the token that is put behind a response, unless it stands there or the response is cut.
 
     Raises:
         TextError: a text that gives no row to train on; says which, why, and the cure.
@@ -47,7 +48,8 @@ def language_rows(tokenizer: Tokenizer, texts: Texts, plan: TapPlan) -> list[Lan
     for index, encoding in enumerate(tokenizer.encode_batch(whole)):
         text = texts[index]
         start = 0 if isinstance(text, str) else len(text[0]) + len(BETWEEN)
-        found.append(_rows(index, encoding.ids, encoding.offsets, start, plan))
+        ends = [end] if start and end is not None and encoding.ids[-1:] != [end] else []
+        found.append(_rows(index, encoding.ids + ends, encoding.offsets, start, plan))
     return found
 
 

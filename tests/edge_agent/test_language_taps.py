@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,13 +91,14 @@ def test_of_a_pair_the_response_is_trained_and_every_kth_token_of_the_prompt_is_
     backbone = backbones(name)
     plan = replace(PLAN, context_every=every, rank=8, last_rank=32, max_tokens=backbone.manifest.max_tokens)
     taps = compute_taps(backbone, [PAIR], plan)
-    whole = ids_of(backbone, "\n".join(PAIR))
-    response = ids_of(backbone, PAIR[1])
+    end = json.loads((backbone.folder / "config.json").read_text(encoding="utf-8"))["eos_token_id"]
+    whole = [*ids_of(backbone, "\n".join(PAIR)), end]
+    response = [*ids_of(backbone, PAIR[1]), end]
     if name == "stories":  # its tokenizer writes a space before the first word of a text, but not after the line break
         assert taps.token_ids is not None
         assert taps.supervised_from is not None
         predicted = taps.token_ids[0][taps.supervised_from[0] + 1 :]
-        assert backbone._tokenizer.decode(list(predicted)) == PAIR[1]
+        assert backbone._tokenizer.decode(list(predicted[:-1])) == PAIR[1]
         response = list(predicted)
     first = len(whole) - len(response) - 1  # the row whose next token is the response's first
     context = [place for place in range(first) if every and (first - place) % every == 0]
@@ -105,9 +107,19 @@ def test_of_a_pair_the_response_is_trained_and_every_kth_token_of_the_prompt_is_
     kept = context + list(range(first, len(whole) - 1))
     assert taps.token_ids is not None
     assert list(taps.token_ids[0]) == [whole[place] for place in kept] + [whole[-1]]
-    everything = compute_taps(backbone, ["\n".join(PAIR)], plan)
     for layer, values in taps.values.items():
-        np.testing.assert_allclose(values, everything.values[layer][kept], atol=1e-5)
+        states = backbone.hidden_states(["\n".join(PAIR)], [layer], backbone.manifest.max_tokens).states[layer][0].numpy()
+        np.testing.assert_allclose(values, states[kept] @ backbone.map_matrix(layer, values.shape[1]), atol=2e-3)
+
+
+def test_a_response_ends_with_the_end_token_unless_it_is_cut(backbones):
+    backbone = backbones("stories")
+    end = backbone.end_tokens[0]
+    whole = ids_of(backbone, "\n".join(PAIR))
+    for rows, last in ((64, end), (len(whole), end), (len(whole) - 1, whole[-1]), (len(whole) - 2, whole[-2])):
+        taps = compute_taps(backbone, [PAIR], replace(PLAN, rank=8, last_rank=32, max_tokens=rows))
+        assert taps.token_ids is not None
+        assert taps.token_ids[0][-1] == last
 
 
 def test_e2e_rows_come_in_through_renamed_columns(tmp_path):
