@@ -237,6 +237,9 @@ def _frozen_copy(module: Network) -> Network:
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Torch's global generator, seeded inside and untouched outside."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` takes a stack trace, for a GPU that nobody asked for
+        if on_gpu:
+            torch.cuda.manual_seed_all(seed)
         yield

@@ -118,8 +118,10 @@ class Sampler:
         points = (np.arange(size) + generator.random()) / size
         chances = generator.random((size, 3)).tolist()
         batch: list[int] = []
+        tables = self._tabulate()
         for point, (class_chance, first_chance, second_chance) in zip(points.tolist(), chances, strict=True):
-            tables = self._tabulate()
+            if self._changed:  # a device's last sample below the cap was taken
+                tables = self._tabulate()
             if not tables.devices:
                 break
             # The last bound is 1, but rounding may leave it a little below.
@@ -132,11 +134,12 @@ class Sampler:
     def _take(self, device: int, label: int, first_chance: float, second_chance: float) -> int:
         cell = self._open[device][label]
         candidates, counts = cell.values, self._counts.values
-        first = int(candidates[int(first_chance * len(cell))])
-        second = int(candidates[int(second_chance * len(cell))])
-        taken = first if counts[first] <= counts[second] else second
-        counts[taken] += 1
-        if counts[taken] >= self._replay_cap:
+        first = candidates.item(int(first_chance * len(candidates)))
+        second = candidates.item(int(second_chance * len(candidates)))
+        first_drawn, second_drawn = counts.item(first), counts.item(second)
+        taken, drawn = (first, first_drawn + 1) if first_drawn <= second_drawn else (second, second_drawn + 1)
+        counts[taken] = drawn
+        if drawn >= self._replay_cap:
             cell.remove(taken)
             if not len(cell):
                 self._changed.add(device)

@@ -123,7 +123,7 @@ class TapCache:
         vectors = self._map(number)
         labels = records["target"].astype(np.float64) if self.task == "regression" else records["label"].astype(np.int64)
         if self.mode == "pooled":
-            return Rows(shard.fingerprint, self._blocks(shard, vectors[records["start"]]), None, labels)
+            return Rows(shard.fingerprint, self._blocks(shard, vectors.take(records["start"], axis=0)), None, labels)
         lengths, starts = records["rows"].tolist(), records["start"].tolist()
 
         def padded(file: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -141,13 +141,17 @@ class TapCache:
     @staticmethod
     def _blocks(shard: Shard, rows: np.ndarray) -> np.ndarray:
         """(..., columns) to float32 (..., B, width): each block's layer, its first `width` columns."""
-        starts = [shard.layers.index(layer) * shard.width for layer in shard.layers_per_block]
-        return np.stack([rows[..., start : start + shard.width] for start in starts], axis=-2).astype(np.float32)
+        blocks = np.empty((*rows.shape[:-1], len(shard.layers_per_block), shard.width), np.float32)
+        for n, layer in enumerate(shard.layers_per_block):
+            start = shard.layers.index(layer) * shard.width
+            blocks[..., n, :] = rows[..., start : start + shard.width]
+        return blocks
 
     def _map(self, number: int) -> np.ndarray:
         if number not in self._maps:
             shard = self.shards[number]
-            self._maps[number] = np.memmap(self._shard_path(number), np.float16, mode="r", shape=(shard.rows, shard.columns))
+            mapped = np.memmap(self._shard_path(number), np.float16, mode="r", shape=(shard.rows, shard.columns))
+            self._maps[number] = mapped.view(np.ndarray)  # of a plain array, slices cost less
         return self._maps[number]
 
     # Putting in.
