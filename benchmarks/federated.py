@@ -167,7 +167,7 @@ class _Comparison:
         learned = {mode: self._learn(mode, taps[mode], real) for mode in MODES}
         central = self._centrally()
         skewed = self._learn("pooled", self._tapped("pooled", self.skewed), real) if self.skewed else None
-        methods, target = self._methods(lora, ours, moved, real, peers, fedavg, learned, central)
+        methods, target = self._methods(lora, ours, moved, real, peers, fedavg, learned, central, taps)
         found: dict[str, Any] = {
             "target": target, "methods": [asdict(one) for one in methods], "costs": {"lora": lora, "ours": ours},
             "flower_round": asdict(moved) if moved else None, "real_fleet": asdict(real), "recipe": asdict(self.recipe),
@@ -177,19 +177,20 @@ class _Comparison:
             found["bars"] = _bars({one.name: one for one in methods}, skewed, target)
         return found
 
-    def _methods(self, lora: dict[str, Any], ours: dict[str, Any], moved: Any, real: RealFleet, peers: dict[str, Any], fedavg: Any, learned: dict[Mode, Learned], central: Any) -> tuple[list[Method], float]:  # noqa: PLR0917
+    def _methods(self, lora: dict[str, Any], ours: dict[str, Any], moved: Any, real: RealFleet, peers: dict[str, Any], fedavg: Any, learned: dict[Mode, Learned], central: Any, taps: dict[Mode, list[TappedDevice]]) -> tuple[list[Method], float]:  # noqa: PLR0917
         target = min([learned["pooled"].final.accuracy, *([fedavg[-1]["accuracy"]] if fedavg else [])])
         sizes = [len(share.train) for share in self.shares]
         mean_rows = float(np.mean(sizes))
         methods = []
         for mode, one in learned.items():
             hit = next((point for point in one.curve if point.accuracy >= target), None)
+            until = float(np.mean([hit.frames_arrived[device.name] / len(device.train) for device in taps[mode]])) if hit else 1.0  # share of the frames
             sent = float(np.mean([device.up_bytes for device in real.devices])) if mode == "pooled" else None
             fetched = float(np.mean([device.down_bytes for device in real.devices])) if mode == "pooled" else None
             methods.append(
                 Method(
-                    f"ours, {mode}", one.final.accuracy, min(one.final.by_device.values()), ours[mode]["flops_per_sample"] * mean_rows,
-                    sent or ours[mode]["payload_bytes_per_sample"] * mean_rows, fetched or float(one.checkpoint_bytes), ours[mode]["peak_rss_bytes"],
+                    f"ours, {mode}", one.final.accuracy, min(one.final.by_device.values()), ours[mode]["flops_per_sample"] * mean_rows * until,
+                    (sent or ours[mode]["payload_bytes_per_sample"] * mean_rows) * until, fetched or float(one.checkpoint_bytes), ours[mode]["peak_rss_bytes"],
                     hit.seconds + hand_out_seconds(self.profile, one.checkpoint_bytes) if hit else None,
                     "through mosquitto" if mode == "pooled" else "frames and checkpoint, calculated",
                 )

@@ -6,6 +6,7 @@ Only the clock is another: an arrival's time comes from `benchmarks.time_model`,
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -116,7 +117,8 @@ def _learn(  # noqa: PLR0917 - as above
     arrived = dict.fromkeys((device.name for device in devices), 0)
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.training.threads)
-    now = spent = 0.0
+    now = spent = newest = 0.0
+    settle_seconds = settings.training.settle_seconds
     curve: list[Point] = []
     _look(training, store)
     while True:
@@ -125,15 +127,19 @@ def _learn(  # noqa: PLR0917 - as above
             _store(store, name, (frame,))
             arrived[name] += 1
         if due:
+            newest = due[-1][0]
             del arrivals[: len(due)]
             _look(training, store)
-        if may_step(training, settings):
+        arriving = now - newest < settle_seconds
+        if may_step(training, settings, arriving=arriving):
             began = time.perf_counter()
             take_step(training, settings)
             took = time.perf_counter() - began
             now, spent = now + took, spent + took
             if training.step % EVALUATE_EVERY_STEPS == 0:
                 curve.append(_measure(training, now, arrived))
+        elif arriving:
+            now = min(newest + settle_seconds, arrivals[0][0] if arrivals else math.inf)
         elif arrivals:
             now = arrivals[0][0]
         else:

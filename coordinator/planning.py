@@ -48,7 +48,7 @@ def plan_from_settings(settings: CoordinatorSettings, depths: Collection[int]) -
         pooling=wanted.pooling,
         codec=wanted.codec or ("rot4" if mode == "pooled" else "int4"),
         group=wanted.group,
-        rank=wanted.rank or (128 if language else 32),
+        rank=wanted.rank or (128 if language else 64),
         max_tokens=wanted.max_tokens,
         frame_samples=wanted.frame_samples,
         frame_bytes=wanted.frame_bytes,

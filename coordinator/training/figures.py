@@ -50,7 +50,8 @@ class Figures:
             "loss": training.loss,
             "replay_ratio": drawn / stored if stored else None,
             "replay_ratio_limit": knobs.replay_ratio,
-            "samples_pending": max(0, int(knobs.replay_ratio * stored) - drawn),  # draws that are paid for, not yet taken
+            # Draws that are paid for and not yet taken; those that wait until no more samples arrive are not among them.
+            "samples_pending": max(0, int(min(knobs.replay_ratio_arriving, knobs.replay_ratio) * stored) - drawn),
             "waiting_for_samples": stored < knobs.min_samples,
             "min_samples": knobs.min_samples,
             "saved_step": training.saved_step,

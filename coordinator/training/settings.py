@@ -68,11 +68,13 @@ class TrainingSettings(BaseModel):
     class_tau: float = Field(default=1.0, ge=0, le=1)  # the same between the classes within one device; below 1 raises rare ones
     min_samples: int = Field(default=256, ge=1)  # stored train samples before the first step
     replay_ratio: float = Field(default=20.0, gt=0)  # samples drawn in all, per stored train sample
+    # While samples arrive only these are spent: what is learned long before the rest is there costs accuracy in the end.
+    replay_ratio_arriving: float = Field(default=5.0, gt=0)
     replay_cap: int = Field(default=100, ge=1)  # draws of any one sample
 
     # Rhythm.
     poll_seconds: float = Field(default=1.0, gt=0)
-    settle_seconds: float = Field(default=3.0, ge=0)  # without a step for this long, evaluate and save what is new
+    settle_seconds: float = Field(default=3.0, ge=0)  # without a new sample for this long, spend all draws; without a step, evaluate and save what is new
     evaluate_every_seconds: float = Field(default=15.0, gt=0)
     evaluate_samples: int = Field(default=20_000, ge=1)  # held-out samples looked at, spread evenly over all of them
     # A checkpoint costs every device its bytes. So the next one comes when the run has grown by this share of its steps, or when

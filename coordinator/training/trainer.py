@@ -176,7 +176,8 @@ def train(training: Training, store: Store, settings: CoordinatorSettings, stop:
     """The loop; returns when `stop` is set or the plan has changed, with everything saved."""
     knobs = settings.training
     began = time.monotonic()
-    polled_at = evaluated_at = saved_at = stepped_at = began
+    polled_at = evaluated_at = saved_at = stepped_at = arrived_at = began
+    known = training.sampler.samples
     behind, waiting = True, False
     while not stop.is_set():
         clock = training.ticked_at = time.monotonic()
@@ -192,7 +193,9 @@ def train(training: Training, store: Store, settings: CoordinatorSettings, stop:
             if _plan_changed(training, store, settings):
                 break
             _offer(training, store, settings, now)
-        if may_step(training, settings):
+        if training.sampler.samples > known:
+            known, arrived_at = training.sampler.samples, clock
+        if may_step(training, settings, arriving=clock - arrived_at < knobs.settle_seconds):
             if training.step == 0:  # however long anchors and first samples took: one step is nothing to send out
                 evaluated_at = saved_at = time.monotonic()
             take_step(training, settings)
@@ -212,10 +215,11 @@ def train(training: Training, store: Store, settings: CoordinatorSettings, stop:
         _save(training, store, settings, now)
 
 
-def may_step(training: Training, settings: CoordinatorSettings) -> bool:
-    """Enough samples to begin with, and enough of them for the draws so far."""
+def may_step(training: Training, settings: CoordinatorSettings, *, arriving: bool = False) -> bool:
+    """Enough samples to begin with, and enough of them for the draws so far; while samples are `arriving`, some draws are kept for later."""
     knobs, stored = settings.training, training.sampler.samples
-    paid_for = training.samples_drawn + knobs.batch_size <= knobs.replay_ratio * stored
+    ratio = min(knobs.replay_ratio_arriving, knobs.replay_ratio) if arriving else knobs.replay_ratio
+    paid_for = training.samples_drawn + knobs.batch_size <= ratio * stored
     return stored >= knobs.min_samples and paid_for and not training.sampler.exhausted
 
 

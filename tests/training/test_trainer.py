@@ -184,6 +184,19 @@ def test_a_stopped_trainer_goes_on_where_it_was(store: Store, tmp_path: Path) ->
     assert not may_step(resumed, chosen)  # a restart does not pay twice
 
 
+def test_while_samples_arrive_some_draws_are_kept_for_later(store: Store, tmp_path: Path) -> None:
+    chosen = settings(tmp_path, replay_ratio=20, replay_ratio_arriving=5)
+    prepare(store)
+    arrive(store, mixed_fleet())
+    training = opened(store, chosen)
+    while may_step(training, chosen, arriving=True):
+        take_step(training, chosen)
+    assert training.samples_drawn <= 5 * training.sampler.samples < training.samples_drawn + chosen.training.batch_size
+    assert may_step(training, chosen)
+    few = settings(tmp_path, replay_ratio=2, replay_ratio_arriving=5)
+    assert not may_step(training, few, arriving=True)  # all draws are the limit of those
+
+
 def test_training_waits_for_enough_samples(store: Store, tmp_path: Path) -> None:
     chosen = settings(tmp_path, min_samples=30)
     prepare(store)
