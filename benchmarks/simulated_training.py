@@ -117,8 +117,7 @@ def _learn(  # noqa: PLR0917 - as above
     arrived = dict.fromkeys((device.name for device in devices), 0)
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.training.threads)
-    now = spent = newest = 0.0
-    settle_seconds = settings.training.settle_seconds
+    now = spent = quiet_at = 0.0
     curve: list[Point] = []
     _look(training, store)
     while True:
@@ -127,10 +126,10 @@ def _learn(  # noqa: PLR0917 - as above
             _store(store, name, (frame,))
             arrived[name] += 1
         if due:
-            newest = due[-1][0]
+            quiet_at = due[-1][0] + settings.training.settle_seconds
             del arrivals[: len(due)]
             _look(training, store)
-        arriving = now - newest < settle_seconds
+        arriving = now < quiet_at
         if may_step(training, settings, arriving=arriving):
             began = time.perf_counter()
             take_step(training, settings)
@@ -139,7 +138,7 @@ def _learn(  # noqa: PLR0917 - as above
             if training.step % EVALUATE_EVERY_STEPS == 0:
                 curve.append(_measure(training, now, arrived))
         elif arriving:
-            now = min(newest + settle_seconds, arrivals[0][0] if arrivals else math.inf)
+            now = min(quiet_at, arrivals[0][0] if arrivals else math.inf)
         elif arrivals:
             now = arrivals[0][0]
         else:
