@@ -51,7 +51,7 @@ class Figures:
             "replay_ratio": drawn / stored if stored else None,
             "replay_ratio_limit": knobs.replay_ratio,
             # Draws that are paid for and not yet taken; those that wait until no more samples arrive are not among them.
-            "samples_pending": max(0, int(min(knobs.replay_ratio_arriving, knobs.replay_ratio) * stored) - drawn),
+            "samples_pending": max(0, knobs.paid_draws(stored, arriving=True) - drawn),
             "waiting_for_samples": stored < knobs.min_samples,
             "min_samples": knobs.min_samples,
             "saved_step": training.saved_step,

@@ -84,6 +84,10 @@ class TrainingSettings(BaseModel):
     checkpoint_longest_seconds: float = Field(default=900.0, gt=0)
     keep_checkpoints: int = Field(default=5, ge=2)
 
+    def paid_draws(self, stored: int, *, arriving: bool) -> int:
+        """Draws that `stored` train samples pay for, in all or while more are `arriving`."""
+        return int((min(self.replay_ratio_arriving, self.replay_ratio) if arriving else self.replay_ratio) * stored)
+
     def of_task(self, task: Task) -> TrainingSettings:
         """The settings that training for `task` goes by: for a language model its own take the places of the general ones."""
         return self if task != "causal-lm" else self.model_copy(update=dict(self.language))

@@ -218,8 +218,7 @@ def train(training: Training, store: Store, settings: CoordinatorSettings, stop:
 def may_step(training: Training, settings: CoordinatorSettings, *, arriving: bool = False) -> bool:
     """Enough samples to begin with, and enough of them for the draws so far; while samples are `arriving`, some draws are kept for later."""
     knobs, stored = settings.training, training.sampler.samples
-    ratio = min(knobs.replay_ratio_arriving, knobs.replay_ratio) if arriving else knobs.replay_ratio
-    paid_for = training.samples_drawn + knobs.batch_size <= ratio * stored
+    paid_for = training.samples_drawn + knobs.batch_size <= knobs.paid_draws(stored, arriving=arriving)
     return stored >= knobs.min_samples and paid_for and not training.sampler.exhausted
 
 
