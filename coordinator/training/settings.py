@@ -58,8 +58,8 @@ class TrainingSettings(BaseModel):
     gradient_clip: float = Field(default=1.0, gt=0)
     ema_decay: float = Field(default=0.998, ge=0, lt=1)  # weights that are evaluated and sent out: a running mean
 
-    # What devices fetch. int8 is a quarter of float; agents of releases that had float only refuse anything else and keep what they have.
-    checkpoint_precision: Literal["float", "fp16", "int8", "int4"] = "int8"
+    # What devices fetch. int4 is a sixth of float; agents of releases that had float only refuse anything else and keep what they have.
+    checkpoint_precision: Literal["float", "fp16", "int8", "int4"] = "int4"
 
     language: LanguageSettings = LanguageSettings()
 

@@ -37,7 +37,7 @@ def opened(store: Store, folder: Path, **training: object) -> Training:
     return found
 
 
-@pytest.mark.parametrize("precision", ["float", "int8"])
+@pytest.mark.parametrize("precision", ["float", "int8", "int4"])
 def test_a_fleet_learns_a_number_and_devices_say_it_in_its_own_unit(store: Store, tmp_path: Path, precision: str) -> None:
     chosen = settings(tmp_path, replay_ratio=1000, checkpoint_precision=precision)
     prepare(store, NUMBER)
