@@ -74,7 +74,7 @@ class TrainingSettings(BaseModel):
 
     # Rhythm.
     poll_seconds: float = Field(default=1.0, gt=0)
-    settle_seconds: float = Field(default=3.0, ge=0)  # without a new sample for this long, spend all draws; without a step, evaluate and save what is new
+    settle_seconds: float = Field(default=3.0, ge=0)  # without a new sample for this long, spend all draws; then, without a step, evaluate and save what is new
     evaluate_every_seconds: float = Field(default=15.0, gt=0)
     evaluate_samples: int = Field(default=20_000, ge=1)  # held-out samples looked at, spread evenly over all of them
     # A checkpoint costs every device its bytes. So the next one comes when the run has grown by this share of its steps, or when

@@ -204,7 +204,8 @@ def train(training: Training, store: Store, settings: CoordinatorSettings, stop:
             stop.wait(max(0.0, polled_at + knobs.poll_seconds - clock))
 
         clock = time.monotonic()
-        settled = clock - stepped_at >= knobs.settle_seconds
+        # What waits for the fleet to be quiet is still to come, and would surpass what is sent out before it.
+        settled = clock - stepped_at >= knobs.settle_seconds and not may_step(training, settings)
         if _evaluation_due(training, settled=settled, seconds=clock - evaluated_at, settings=settings):
             _evaluate(training, store, settings, now)
             evaluated_at = time.monotonic()

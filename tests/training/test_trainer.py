@@ -9,6 +9,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -287,6 +288,32 @@ def test_the_loop_learns_evaluates_and_offers_what_devices_can_use(store: Store,
 )
 def test_a_checkpoint_goes_out_when_it_is_worth_its_bytes(step: int, saved_step: int, settled: bool, seconds: float, due: bool) -> None:
     assert checkpoint_due(step, saved_step, settled=settled, seconds=seconds, knobs=TrainingSettings()) is due
+
+
+def test_a_trickle_of_samples_does_not_send_out_what_is_soon_surpassed(store: Store, tmp_path: Path) -> None:
+    chosen = settings(
+        tmp_path, settle_seconds=2.0, replay_ratio_arriving=5, replay_ratio=20, checkpoint_every_seconds=600, evaluate_every_seconds=600,
+    )  # fmt: skip
+    prepare(store)
+    arrive(store, mixed_fleet())
+    stop = threading.Event()
+    thread = threading.Thread(target=trainer.run, args=(chosen, stop), daemon=True)
+    thread.start()
+    for sequence in range(100, 116):  # for twice as long as the trainer waits; one sample pays for no step
+        arrive(store, [frame("attic", sequence, [0])])
+        time.sleep(0.25)
+    wait_until(lambda: len(_all_checkpoints(store)) > 0, 60, "a checkpoint once the fleet is quiet")
+    stop.set()
+    thread.join(20)
+    (only,) = _all_checkpoints(store)
+    stored = only.metrics["train_samples"]
+    assert stored == 200 + 16
+    assert 20 * stored - chosen.training.batch_size < only.step * chosen.training.batch_size <= 20 * stored
+
+
+def _all_checkpoints(store: Store) -> list[Any]:
+    with store.read() as session:
+        return list(checkpoints(session))
 
 
 def test_a_quiet_fleet_costs_nothing(store: Store, tmp_path: Path) -> None:
