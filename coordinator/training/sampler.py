@@ -36,6 +36,10 @@ class GrowingArray:
         self._buffer[self._length : needed] = values
         self._length = needed
 
+    def pick(self, chance: float) -> int:
+        """The value that a `chance` from 0 to below 1 falls on; all are alike."""
+        return self._buffer.item(int(chance * self._length))
+
     def remove(self, value: int) -> None:
         """Remove one value of an ascending array."""
         at = int(np.searchsorted(self.values, value))
@@ -63,7 +67,7 @@ class Sampler:
         self._stored: dict[int, dict[int, int]] = {}  # device -> label -> samples
         self._open: dict[int, dict[int, GrowingArray]] = {}  # the same, samples below the cap; ascending numbers
         self._changed: set[int] = set()  # devices whose tables no longer hold
-        self._classes: dict[int, tuple[list[int], list[float]]] = {}
+        self._classes: dict[int, tuple[list[float], list[GrowingArray]]] = {}
         self._weights: dict[int, float] = {}
         self._tables: _Tables | None = None
 
@@ -118,6 +122,7 @@ class Sampler:
         points = (np.arange(size) + generator.random()) / size
         chances = generator.random((size, 3)).tolist()
         batch: list[int] = []
+        counts, cap = self._counts.values, self._replay_cap
         tables = self._tabulate()
         for point, (class_chance, first_chance, second_chance) in zip(points.tolist(), chances, strict=True):
             if self._changed:  # a device's last sample below the cap was taken
@@ -126,33 +131,29 @@ class Sampler:
                 break
             # The last bound is 1, but rounding may leave it a little below.
             device = tables.devices[min(bisect_right(tables.device_bounds, point), len(tables.devices) - 1)]
-            labels, bounds = tables.classes[device]
-            label = labels[min(bisect_right(bounds, class_chance), len(labels) - 1)]
-            batch.append(self._take(device, label, first_chance, second_chance))
+            bounds, cells = tables.classes[device]
+            cell = cells[min(bisect_right(bounds, class_chance), len(cells) - 1)]
+            first, second = cell.pick(first_chance), cell.pick(second_chance)
+            first_drawn, second_drawn = counts.item(first), counts.item(second)
+            taken, drawn = (first, first_drawn + 1) if first_drawn <= second_drawn else (second, second_drawn + 1)
+            counts[taken] = drawn
+            if drawn >= cap:
+                cell.remove(taken)
+                if not len(cell):
+                    self._changed.add(device)
+            batch.append(taken)
         return np.array(batch, np.int64)
-
-    def _take(self, device: int, label: int, first_chance: float, second_chance: float) -> int:
-        cell = self._open[device][label]
-        candidates, counts = cell.values, self._counts.values
-        first = candidates.item(int(first_chance * len(candidates)))
-        second = candidates.item(int(second_chance * len(candidates)))
-        first_drawn, second_drawn = counts.item(first), counts.item(second)
-        taken, drawn = (first, first_drawn + 1) if first_drawn <= second_drawn else (second, second_drawn + 1)
-        counts[taken] = drawn
-        if drawn >= self._replay_cap:
-            cell.remove(taken)
-            if not len(cell):
-                self._changed.add(device)
-        return taken
 
     def _tabulate(self) -> _Tables:
         """Anew only for the devices whose samples changed: a fleet of thousands sends a frame between any two batches."""
         if self._tables is None or self._changed:
             for device in self._changed:
                 stored = self._stored[device]
-                labels = sorted(label for label, cell in self._open[device].items() if len(cell))
+                open_cells = self._open[device]
+                labels = sorted(label for label, cell in open_cells.items() if len(cell))
                 if labels:
-                    self._classes[device] = (labels, _bounds([stored[label] ** self._class_tau for label in labels]))
+                    bounds = _bounds([stored[label] ** self._class_tau for label in labels])
+                    self._classes[device] = (bounds, [open_cells[label] for label in labels])
                     self._weights[device] = sum(stored.values()) ** self._tau
                 else:
                     self._classes.pop(device, None)
@@ -165,11 +166,11 @@ class Sampler:
 
 @dataclass(frozen=True)
 class _Tables:
-    """Cumulated shares of the devices and, per device, of its classes."""
+    """Cumulated shares of the devices and, per device, of its classes, with the samples of each."""
 
     devices: list[int]
     device_bounds: list[float]
-    classes: dict[int, tuple[list[int], list[float]]]
+    classes: dict[int, tuple[list[float], list[GrowingArray]]]
 
 
 def _bounds(weights: list[float]) -> list[float]:
