@@ -29,7 +29,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import flower_network
+from benchmarks import base_size_costs, flower_network
 from benchmarks.figures import Bar, print_bars, write_json
 from benchmarks.peers.lora import Job, Recipe, Rows, write_job
 from benchmarks.real_fleet import RealFleet, run_fleet
@@ -101,6 +101,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--partition", nargs="+", default=["iid"], metavar="P", help="iid, dirichlet:ALPHA, user")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--full", action="store_true", help="all rows, 20 rounds, more data sets, IID and Dirichlet 0.1, 3 seeds: many hours")
+    parser.add_argument("--base-size-layers", type=int, default=12, help="of a backbone of RoBERTa-base's size, for what a sample costs there (default 12; 0: leave out)")
     parser.add_argument("--no-flower", dest="flower", action="store_false", help="leave out Flower, and the bars against it")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
@@ -125,14 +126,15 @@ class _Comparison:
         self.profile = fleet_profile(options.devices, seed)
         self.model = minilm()
         self.recipe = Recipe(learning_rate=options.learning_rate, rounds=options.rounds, central_epochs=options.central_epochs)
-        self.job = folder / "job.json"
+        self.job_file = folder / "job.json"
         numbers = {label: number for number, label in enumerate(self.dataset.labels)}
 
         def rows(some: Sequence[Any]) -> Rows:
             return Rows([row.text for row in some], [numbers[row.label] for row in some])
 
         train, test = [rows(share.train) for share in self.shares], [rows(share.test) for share in self.shares]
-        write_job(Job(self.model, options.layers, len(numbers), MAX_TOKENS, seed, train, test, self.recipe), self.job)
+        self.job = Job(self.model, options.layers, len(numbers), MAX_TOKENS, seed, train, test, self.recipe)
+        write_job(self.job, self.job_file)
         prepared = folder / "backbone"
         manifest = backbones.prepare(self.model, prepared, layers=options.layers, weights="float", max_tokens=MAX_TOKENS)
         self.backbone = PreparedBackbone(manifest, prepared)
@@ -140,16 +142,16 @@ class _Comparison:
     def run(self, *, headline: bool) -> dict[str, Any]:
         say = self.console.print
         say("  costs, each in a process of its own")
-        lora = self._program("benchmarks.peers.lora_cost", str(self.job), "0", "0")
+        lora = self._program("benchmarks.peers.lora_cost", str(self.job_file), "0", "0")
         plans = self.folder / "plans"
         plans.mkdir()
         for mode in MODES:
-            (plans / mode).write_bytes(self._plan(mode).to_bytes())
-        ours = self._program("benchmarks.side_tuning_cost", str(self.job), str(self.backbone.folder), "0", after=(str(plans),))
+            (plans / mode).write_bytes(self._plan(mode, self.options.layers).to_bytes())
+        ours = self._program("benchmarks.side_tuning_cost", str(self.job_file), str(self.backbone.folder), "0", after=(str(plans),))
         moved = None
         if self.options.flower:
             say("  Flower's network")
-            moved = flower_network.move(self.job, 2, self.folder / "flower")
+            moved = flower_network.move(self.job_file, 2, self.folder / "flower")
         say("  ours, real processes and mosquitto: pooled")
         real = run_fleet(self.dataset, self.shares, self.backbone, "pooled", self.folder / "real", self.seed)
         say("  ours in simulated time; the peers' training, two at once")
@@ -159,7 +161,7 @@ class _Comparison:
         costs_file.write_text(json.dumps(costs), encoding="utf-8")
         wanted = {name: ("benchmarks.peers.lora_methods", name, str(costs_file)) for name in ("fedbuff", "centralised", "full", "local")}
         with ThreadPoolExecutor(max_workers=2) as pool:
-            flower = pool.submit(self._program, "benchmarks.peers.flower_learning", str(self.job), peers=True) if moved else None
+            flower = pool.submit(self._program, "benchmarks.peers.flower_learning", str(self.job_file), peers=True) if moved else None
             waiting = {name: pool.submit(self._method, *one) for name, one in wanted.items()}
             peers = {name: one.result()["curve"] for name, one in waiting.items()}
             fedavg = flower.result()["curve"] if flower else None
@@ -173,6 +175,9 @@ class _Comparison:
             "flower_round": asdict(moved) if moved else None, "real_fleet": asdict(real), "recipe": asdict(self.recipe),
             "profile": costs["fleet"], "curves": {"fedavg": fedavg, **peers, **{m: [asdict(p) for p in one.curve] for m, one in learned.items()}},
         }  # fmt: skip
+        if headline and self.options.base_size_layers:
+            say("  costs on a backbone of RoBERTa-base's size")
+            found["base_size"] = base_size_costs.measure(self.job, self.options.base_size_layers, self._plan, self._program, self.folder / "base-size")
         if headline:
             found["bars"] = _bars({one.name: one for one in methods}, skewed, target)
         return found
@@ -232,14 +237,14 @@ class _Comparison:
         return methods, target
 
     def _tapped(self, mode: Mode, shares: Sequence[Share]) -> list[TappedDevice]:
-        return tap_fleet(Backbone.load(self.backbone.folder), self._plan(mode), shares)
+        return tap_fleet(Backbone.load(self.backbone.folder), self._plan(mode, self.options.layers), shares)
 
-    def _plan(self, mode: Mode) -> TapPlan:
-        """The plan that a coordinator makes by default for this backbone."""
+    def _plan(self, mode: Mode, layers: int) -> TapPlan:
+        """The plan that a coordinator makes by default for a backbone of so many layers."""
         settings = CoordinatorSettings.model_validate(
             {"data_directory": self.folder, "broker": {"host": "localhost"}, "task": {"labels": self.dataset.labels}}
         )
-        plan = plan_from_settings(settings, [self.options.layers])
+        plan = plan_from_settings(settings, [layers])
         assert plan is not None
         return replace(plan, mode=mode, max_tokens=MAX_TOKENS)
 
@@ -247,7 +252,7 @@ class _Comparison:
         payload = sum(frame.payload_bytes for device in devices for frame in device.train)
         overhead = max(0.0, sum(device.up_bytes for device in real.devices) / payload - 1) if mode == "pooled" else 0.0
         folder = Path(tempfile.mkdtemp(dir=self.folder))
-        return learn(devices, self.profile, self._plan(mode), self.backbone.manifest, self._settings(), folder, overhead)
+        return learn(devices, self.profile, self._plan(mode, self.options.layers), self.backbone.manifest, self._settings(), folder, overhead)
 
     def _settings(self) -> TrainingSettings:
         """The defaults; training begins as early as in the demonstration."""
@@ -270,14 +275,14 @@ class _Comparison:
         scores = {}
         settings = self._settings().model_copy(update={"checkpoint_precision": "float"})
         for mode in MODES:
-            plan = self._plan(mode)
+            plan = self._plan(mode, self.options.layers)
             train = [activations("centre", [row for share in self.shares for row in share.train], plan)]
             held_out = [activations(str(number), share.test, plan) for number, share in enumerate(self.shares)]
             scores[mode] = train_centrally(train, held_out, settings, classes=len(numbers))
         return scores
 
     def _method(self, module: str, name: str, costs: str) -> dict[str, Any]:
-        return self._program(module, str(self.job), name, after=(costs,))
+        return self._program(module, str(self.job_file), name, after=(costs,))
 
     def _program(self, module: str, *arguments: str, peers: bool = False, after: Sequence[str] = ()) -> dict[str, Any]:
         descriptor, out = tempfile.mkstemp(dir=self.folder, suffix=".json")
@@ -350,6 +355,8 @@ def _print(found: dict[str, Any], title: str, console: Console) -> None:
             said(one["down_bytes"], 1e3), one["bytes_are"], said(one["peak_rss_bytes"], 1e6), said(one["target_seconds"], 1),
         )  # fmt: skip
     console.print(table)
+    if "base_size" in found:
+        base_size_costs.show(found["base_size"], console)
 
 
 if __name__ == "__main__":

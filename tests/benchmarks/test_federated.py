@@ -28,7 +28,7 @@ def run(folder: Path, *more: str) -> dict:
     pytest.importorskip("peft", reason="peft is not installed")
     out = folder / "figures.json"
     command = [sys.executable, "-m", "benchmarks.federated", "--data", str(write_data(folder / "colours")), "--rows", "0"]
-    command += ["--devices", "2", "--layers", "2", "--rounds", "2", "--central-epochs", "1", "--json", str(out), *more]
+    command += ["--devices", "2", "--layers", "2", "--rounds", "2", "--central-epochs", "1", "--base-size-layers", "1", "--json", str(out), *more]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())
@@ -47,6 +47,10 @@ def test_without_flower_every_other_method_has_its_row(tmp_path):
     assert methods["ours, pooled"]["accuracy"] > 0.9  # three colours are easy
     assert 0 < methods["ours, pooled"]["device_flops"] < methods["LoRA on each device alone"]["device_flops"]
     assert methods["ours, pooled"]["up_bytes"] > 0
+    base_size = comparison["base_size"]
+    assert base_size["layers"] == 1
+    assert 0 < base_size["ours"]["pooled"]["flops_per_sample"] < base_size["lora"]["flops_per_sample"]
+    assert base_size["ours"]["pooled"]["peak_rss_bytes"] < base_size["lora"]["peak_rss_bytes"]
     names = {bar["name"] for bar in found["bars"]}
     assert {"gap_to_centralised", "gap_to_centralised_lora", "gap_to_centralised_lora_sequence", "dirichlet_gap"} <= names
 
