@@ -70,10 +70,11 @@ class Figures:
 
 def device_shares(training: Training) -> dict[str, Any]:
     """Each device's share of the last batches, largest first; `other_devices` sums up those beyond MAX_SHARES."""
+    devices, names = training.cache.records["device"], training.cache.devices
     counts: Counter[int] = Counter()
     for batch in tuple(training.recent):
-        counts.update(batch)
-    total, names = sum(counts.values()), training.cache.devices
+        counts.update(devices[batch].tolist())
+    total = sum(counts.values())
     ranked = [(names[number], count / total) for number, count in counts.most_common() if number < len(names)]
     return {
         "shares": dict(ranked[:MAX_SHARES]),

@@ -13,11 +13,13 @@ Batch t depends only on the seed, t, the stored samples and how often each was d
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
+
+BLOCK = 32  # batches whose random numbers are made at once
 
 
 class GrowingArray:
@@ -36,16 +38,6 @@ class GrowingArray:
         self._buffer[self._length : needed] = values
         self._length = needed
 
-    def pick(self, chance: float) -> int:
-        """The value that a `chance` from 0 to below 1 falls on; all are alike."""
-        return self._buffer.item(int(chance * self._length))
-
-    def remove(self, value: int) -> None:
-        """Remove one value of an ascending array."""
-        at = int(np.searchsorted(self.values, value))
-        self._buffer[at : self._length - 1] = self._buffer[at + 1 : self._length].copy()
-        self._length -= 1
-
     def __len__(self) -> int:
         return self._length
 
@@ -53,6 +45,54 @@ class GrowingArray:
     def values(self) -> np.ndarray:
         """A view; it holds until the next append."""
         return self._buffer[: self._length]
+
+
+class Cells:
+    """Lists of ascending numbers, all in one array, so that many can be picked from at once."""
+
+    def __init__(self) -> None:
+        self._buffer = np.empty(16, np.int64)
+        self._used = 0
+        self._starts, self._lengths, self._rooms = (GrowingArray(np.int64) for _ in range(3))
+
+    def new(self) -> int:
+        """The number of one more list, which is empty."""
+        for column in (self._starts, self._lengths, self._rooms):
+            column.append(np.zeros(1, np.int64))
+        return len(self._starts) - 1
+
+    def length(self, cell: int) -> int:
+        return self._lengths.values.item(cell)
+
+    def append(self, cell: int, numbers: np.ndarray) -> None:
+        start, length, room = (column.values.item(cell) for column in (self._starts, self._lengths, self._rooms))
+        if length + len(numbers) > room:
+            start = self._move(cell, max(length + len(numbers), 2 * room))
+        self._buffer[start + length : start + length + len(numbers)] = numbers
+        self._lengths.values[cell] = length + len(numbers)
+
+    def remove(self, cell: int, number: int) -> None:
+        start, length = self._starts.values.item(cell), self._lengths.values.item(cell)
+        numbers = self._buffer[start : start + length]
+        at = int(np.searchsorted(numbers, number))
+        numbers[at:-1] = numbers[at + 1 :].copy()
+        self._lengths.values[cell] = length - 1
+
+    def pick(self, cells: np.ndarray, chances: np.ndarray) -> np.ndarray:
+        """From each of `cells` the number that its chance, from 0 to below 1, falls on; all of a list are alike."""
+        return self._buffer[self._starts.values[cells] + (chances * self._lengths.values[cells]).astype(np.int64)]
+
+    def _move(self, cell: int, room: int) -> int:
+        """Give the list so much room, at the end; what it leaves behind is at most as much as it holds."""
+        start, length = self._starts.values.item(cell), self._lengths.values.item(cell)
+        if self._used + room > len(self._buffer):
+            grown = np.empty(max(self._used + room, 2 * len(self._buffer)), np.int64)
+            grown[: self._used] = self._buffer[: self._used]
+            self._buffer = grown
+        self._buffer[self._used : self._used + length] = self._buffer[start : start + length]
+        self._starts.values[cell], self._rooms.values[cell] = self._used, room
+        self._used += room
+        return self._used - room
 
 
 class Sampler:
@@ -65,11 +105,15 @@ class Sampler:
         self._replay_cap = replay_cap
         self._counts = GrowingArray(np.int32)
         self._stored: dict[int, dict[int, int]] = {}  # device -> label -> samples
-        self._open: dict[int, dict[int, GrowingArray]] = {}  # the same, samples below the cap; ascending numbers
+        self._open: dict[int, dict[int, int]] = {}  # device -> label -> the cell of its samples below the cap
+        self._cells = Cells()
+        self._owners: list[int] = []  # the device of each cell
         self._changed: set[int] = set()  # devices whose tables no longer hold
-        self._classes: dict[int, tuple[list[float], list[GrowingArray]]] = {}
+        self._classes: dict[int, tuple[list[float], list[int]]] = {}  # device -> cumulated shares, cells
         self._weights: dict[int, float] = {}
         self._tables: _Tables | None = None
+        self._block = (-1, 0)  # whose random numbers are at hand, for batches of which size
+        self._numbers = np.empty((0, 0))
 
     @property
     def samples(self) -> int:
@@ -106,8 +150,11 @@ class Sampler:
             device, label = int(devices[start]), int(labels[start])
             stored = self._stored.setdefault(device, {})
             stored[label] = stored.get(label, 0) + end - start
-            cell = self._open.setdefault(device, {}).setdefault(label, GrowingArray(np.int64))
-            cell.append(numbers[start:end][below[start:end]])
+            cells = self._open.setdefault(device, {})
+            if label not in cells:
+                cells[label] = self._cells.new()
+                self._owners.append(device)
+            self._cells.append(cells[label], numbers[start:end][below[start:end]])
             self._changed.add(device)
 
     def shares(self) -> dict[int, float]:
@@ -117,62 +164,89 @@ class Sampler:
 
     def draw(self, step: int, size: int) -> np.ndarray:
         """Batch `step`: `size` sample numbers, fewer (or none) where the replay cap leaves no more."""
-        generator = np.random.default_rng((self._seed, step))
+        offset, chances = self._chances(step, size)
         # Evenly spaced points with one random offset: each device gets its share of every batch, rounded fairly.
-        points = (np.arange(size) + generator.random()) / size
-        chances = generator.random((size, 3)).tolist()
-        batch: list[int] = []
+        points = (np.arange(size) + offset) / size
         counts, cap = self._counts.values, self._replay_cap
-        tables = self._tabulate()
-        for point, (class_chance, first_chance, second_chance) in zip(points.tolist(), chances, strict=True):
-            if self._changed:  # a device's last sample below the cap was taken
-                tables = self._tabulate()
-            if not tables.devices:
-                break
-            # The last bound is 1, but rounding may leave it a little below.
-            device = tables.devices[min(bisect_right(tables.device_bounds, point), len(tables.devices) - 1)]
-            bounds, cells = tables.classes[device]
-            cell = cells[min(bisect_right(bounds, class_chance), len(cells) - 1)]
-            first, second = cell.pick(first_chance), cell.pick(second_chance)
-            first_drawn, second_drawn = counts.item(first), counts.item(second)
-            taken, drawn = (first, first_drawn + 1) if first_drawn <= second_drawn else (second, second_drawn + 1)
-            counts[taken] = drawn
-            if drawn >= cap:
-                cell.remove(taken)
-                if not len(cell):
-                    self._changed.add(device)
-            batch.append(taken)
+        batch: list[int] = []
+        while len(batch) < size and len(self._tabulate().devices):
+            rest = slice(len(batch), None)
+            cells = self._tabulate().cells_at(points[rest], chances[rest, 0])
+            firsts, seconds = (self._cells.pick(cells, chances[rest, column]) for column in (1, 2))
+            for first, second in zip(firsts.tolist(), seconds.tolist(), strict=True):
+                first_drawn, second_drawn = counts.item(first), counts.item(second)
+                taken, drawn = (first, first_drawn + 1) if first_drawn <= second_drawn else (second, second_drawn + 1)
+                counts[taken] = drawn
+                batch.append(taken)
+                if drawn >= cap:  # the rest of the batch is picked from what is left
+                    self._close(taken, cells.item(len(batch) - 1 - rest.start))
+                    break
         return np.array(batch, np.int64)
 
+    def _chances(self, step: int, size: int) -> tuple[float, np.ndarray]:
+        """The random numbers of batch `step`: one, and `(size, 3)`. Made for many batches at once, since seeding a generator is slow."""
+        block, place = divmod(step, BLOCK)
+        if self._block != (block, size):
+            generator = np.random.default_rng((self._seed, block))
+            self._block, self._numbers = (block, size), generator.random((BLOCK, 3 * size + 1))
+        return self._numbers.item(place, 0), self._numbers[place, 1:].reshape(size, 3)
+
+    def _close(self, taken: int, cell: int) -> None:
+        """The sample has reached the cap."""
+        self._cells.remove(cell, taken)
+        if not self._cells.length(cell):
+            self._changed.add(self._owners[cell])
+
     def _tabulate(self) -> _Tables:
-        """Anew only for the devices whose samples changed: a fleet of thousands sends a frame between any two batches."""
+        """Shares anew only for the devices whose samples changed: a fleet of thousands sends a frame between any two batches."""
         if self._tables is None or self._changed:
             for device in self._changed:
-                stored = self._stored[device]
-                open_cells = self._open[device]
-                labels = sorted(label for label, cell in open_cells.items() if len(cell))
+                stored, open_cells = self._stored[device], self._open[device]
+                labels = sorted(label for label, cell in open_cells.items() if self._cells.length(cell))
                 if labels:
-                    bounds = _bounds([stored[label] ** self._class_tau for label in labels])
-                    self._classes[device] = (bounds, [open_cells[label] for label in labels])
+                    shares = _cumulated([stored[label] ** self._class_tau for label in labels]).tolist()
+                    self._classes[device] = (shares, [open_cells[label] for label in labels])
                     self._weights[device] = sum(stored.values()) ** self._tau
                 else:
                     self._classes.pop(device, None)
                     self._weights.pop(device, None)
             self._changed.clear()
-            devices = sorted(self._classes)
-            self._tables = _Tables(devices, _bounds([self._weights[device] for device in devices]), self._classes)
+            self._tables = _Tables.of(self._weights, self._classes)
         return self._tables
 
 
 @dataclass(frozen=True)
 class _Tables:
-    """Cumulated shares of the devices and, per device, of its classes, with the samples of each."""
+    """Cumulated shares: of the devices, and of all devices' classes one after the other, device n's from n to n + 1."""
 
     devices: list[int]
-    device_bounds: list[float]
-    classes: dict[int, tuple[list[float], list[GrowingArray]]]
+    device_bounds: np.ndarray
+    class_bounds: np.ndarray
+    cells: np.ndarray
+    last_cells: np.ndarray  # of each device, where its last class stands
+
+    @classmethod
+    def of(cls, weights: Mapping[int, float], classes: Mapping[int, tuple[list[float], list[int]]]) -> _Tables:
+        devices = sorted(classes)
+        bounds, cells = [classes[device][0] for device in devices], [classes[device][1] for device in devices]
+        counts = np.fromiter(map(len, cells), np.int64, len(cells))
+        total = int(counts.sum())
+        return cls(
+            devices,
+            _cumulated([weights[device] for device in devices]),
+            np.fromiter(chain.from_iterable(bounds), np.float64, total) + np.repeat(np.arange(len(devices)), counts),
+            np.fromiter(chain.from_iterable(cells), np.int64, total),
+            np.cumsum(counts) - 1,
+        )
+
+    def cells_at(self, points: np.ndarray, chances: np.ndarray) -> np.ndarray:
+        """The cell that each point and chance, both from 0 to below 1, fall on."""
+        # A point or a sum just below the last bound may be rounded up to it.
+        device = np.minimum(np.searchsorted(self.device_bounds, points, side="right"), len(self.devices) - 1)
+        cell = np.searchsorted(self.class_bounds, device + chances, side="right")
+        return self.cells[np.minimum(cell, self.last_cells[device])]
 
 
-def _bounds(weights: list[float]) -> list[float]:
+def _cumulated(weights: Sequence[float]) -> np.ndarray:
     cumulated = np.cumsum(np.array(weights, np.float64))
-    return (cumulated / cumulated[-1]).tolist() if len(cumulated) else []
+    return cumulated / cumulated[-1] if len(cumulated) else cumulated

@@ -95,6 +95,7 @@ class TapCache:
         self._index = GrowingArray(RECORD)
         self._maps: dict[int, np.ndarray] = {}
         self._files: dict[str, BinaryIO] = {}
+        self._taken = np.empty((0, 0), np.float16)
         reason = self._load()
         if reason:
             if folder.exists():
@@ -117,14 +118,19 @@ class TapCache:
     def gather(self, numbers: np.ndarray) -> list[Rows]:
         """The samples with these numbers, grouped by backbone type, as float32."""
         records = self.records[numbers]
-        return [self._rows(int(shard), records[records["shard"] == shard]) for shard in np.unique(records["shard"])]
+        shards = records["shard"]
+        kinds = sorted(set(shards.tolist()))
+        return [self._rows(shard, records if len(kinds) == 1 else records[shards == shard]) for shard in kinds]
 
     def _rows(self, number: int, records: np.ndarray) -> Rows:
         shard = self.shards[number]
         vectors = self._map(number)
         labels = records["target"].astype(np.float64) if self.task == "regression" else records["label"].astype(np.int64)
         if self.mode == "pooled":
-            return Rows(shard.fingerprint, self._blocks(shard, vectors.take(records["start"], axis=0)), None, labels)
+            if len(self._taken) != len(records) or self._taken.shape[1] != shard.columns:
+                self._taken = np.empty((len(records), shard.columns), np.float16)  # kept: new memory costs more than what is copied there
+            vectors.take(records["start"], axis=0, out=self._taken, mode="clip")
+            return Rows(shard.fingerprint, self._blocks(shard, self._taken), None, labels)
         lengths, starts = records["rows"].tolist(), records["start"].tolist()
 
         def padded(file: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -79,7 +79,7 @@ class Training:
     # For the heartbeat alone.
     ticked_at: float = field(default_factory=time.monotonic)
     loss: float | None = None  # of the newest step
-    recent: deque[list[int]] = field(default_factory=lambda: deque(maxlen=RECENT_BATCHES))  # device numbers in the cache
+    recent: deque[np.ndarray] = field(default_factory=lambda: deque(maxlen=RECENT_BATCHES))  # numbers in the cache
 
 
 def run(settings: CoordinatorSettings, stop: threading.Event, now: Now = utc_now) -> None:
@@ -230,7 +230,7 @@ def take_step(training: Training, settings: CoordinatorSettings) -> float:
     batch = training.cache.gather(numbers)
     loss = training.learner.step(batch, training.step)
     training.loss = loss
-    training.recent.append(training.cache.records["device"][numbers].tolist())
+    training.recent.append(numbers)
     training.step += 1
     training.samples_drawn += len(picked)
     return loss

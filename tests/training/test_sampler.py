@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from coordinator.training.sampler import GrowingArray, Sampler
+from coordinator.training.sampler import Cells, GrowingArray, Sampler
 
 
 def make(tau: float = 0.5, class_tau: float = 0.5, replay_cap: int = 10_000, seed: int = 0) -> Sampler:
@@ -107,7 +109,24 @@ def test_growing_array_keeps_what_was_put_in() -> None:
     array = GrowingArray(np.int64)
     for start in range(0, 1000, 7):
         array.append(np.arange(start, min(start + 7, 1000)))
-    array.remove(0)
-    array.remove(500)
-    array.remove(999)
-    assert array.values.tolist() == [n for n in range(1000) if n not in (0, 500, 999)]
+    assert array.values.tolist() == list(range(1000))
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(-3, 30)), max_size=60))
+def test_cells_hold_what_was_put_in_and_not_taken_out(steps: list[tuple[int, int]]) -> None:
+    cells = Cells()
+    held: list[list[int]] = [[] for _ in range(5)]
+    assert [cells.new() for _ in held] == list(range(5))
+    following = 0
+    for cell, count in steps:
+        if count >= 0:
+            numbers = list(range(following, following + count))
+            cells.append(cell, np.array(numbers, np.int64))
+            held[cell] += numbers
+            following += count
+        elif held[cell]:
+            cells.remove(cell, held[cell].pop(count % len(held[cell])))
+    for cell, wanted in enumerate(held):
+        assert cells.length(cell) == len(wanted)
+        chances = (np.arange(len(wanted)) + 0.5) / max(1, len(wanted))
+        assert cells.pick(np.full(len(wanted), cell), chances).tolist() == wanted
