@@ -21,7 +21,7 @@ allow_anonymous true
 persistence false
 max_packet_size 1048576
 max_inflight_messages 256
-max_queued_messages 1000
+max_queued_messages 200000
 max_queued_bytes 268435456
 set_tcp_nodelay true
 log_type error

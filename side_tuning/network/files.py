@@ -1,8 +1,8 @@
 """Ladder and alignment as safetensors files, with the configuration as JSON in the metadata.
 
 A file that a device fetches has its large matrices in a codec of `side_tuning.wire.codecs`, as bytes under the tensor's
-own name; `precision` in the configuration says which. Without it all values are plain. Whoever must see what devices see
-loads the file, too: rounded weights are in no other place.
+own name; `precision` in the configuration says which, and the whole is deflated (RFC 1950) behind `DEFLATED`. Without it
+all values are plain. Whoever must see what devices see loads the file, too: rounded weights are in no other place.
 
 Nothing is built before the configuration is within bounds and every tensor's name, type and shape fits it; values
 must be finite. The bytes may come from the network.
@@ -11,6 +11,7 @@ must be finite. The bytes may come from the network.
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -34,6 +35,7 @@ from side_tuning.wire.bounded import FrameError
 from side_tuning.wire.codecs import decode_vectors, encode_vectors, encoded_bytes
 from side_tuning.wire.messages import MAX_BLOB_BYTES, MAX_BLOCKS, MAX_LABELS, CodecName, Mode
 
+DEFLATED = b"deflated"  # as the length of a safetensors header it would be far above the largest
 MAX_HEADER_BYTES = 1 << 20
 MAX_SIDE_WIDTH = 16_384
 MAX_WIDTH_IN = 65_536
@@ -148,6 +150,8 @@ def _save(state: Mapping[str, Tensor], config: dict[str, Any], path: Path | None
         config = {**config, "precision": precision}
         tensors = {name: _encoded(tensor, precision) if _is_encoded(name, tensor) else tensor for name, tensor in tensors.items()}
     data = save_tensors(tensors, {"config": json.dumps(config, sort_keys=True)})
+    if precision is not None:
+        data = DEFLATED + zlib.compress(data, 9)
     if path is not None:
         path.write_bytes(data)
     return data
@@ -159,6 +163,8 @@ def _open(source: Path | bytes, kinds: tuple[str, ...]) -> tuple[bytes, dict[str
         data = source if isinstance(source, bytes) else source.read_bytes()
     except OSError as error:
         raise NetworkFileError(f"{kind}: file {source!s} cannot be read: {error}") from error
+    if data.startswith(DEFLATED):
+        data = _inflated(data, kind)
     length = int.from_bytes(data[:8], "little")
     if len(data) > MAX_BLOB_BYTES or len(data) < 8 or length > min(len(data) - 8, MAX_HEADER_BYTES):
         raise NetworkFileError(f"{kind}: {len(data)} bytes are no safetensors file")
@@ -170,6 +176,17 @@ def _open(source: Path | bytes, kinds: tuple[str, ...]) -> tuple[bytes, dict[str
     if not isinstance(config, dict) or config.get("kind") not in kinds:
         raise NetworkFileError(f"{kind}: the file does not say that it holds the kind '{kind}'")
     return data, header, config
+
+
+def _inflated(data: bytes, kind: str) -> bytes:
+    engine = zlib.decompressobj()
+    try:
+        plain = engine.decompress(data[len(DEFLATED) :], MAX_BLOB_BYTES)
+    except zlib.error as error:
+        raise NetworkFileError(f"{kind}: damaged deflated file: {error}") from error
+    if not engine.eof or engine.unused_data:
+        raise NetworkFileError(f"{kind}: the deflated file is cut off, has something behind its end, or holds more than {MAX_BLOB_BYTES} bytes")
+    return plain
 
 
 def _whole(config: dict[str, Any], name: str, high: int, *, low: int = 1) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load, save
 from side_tuning.network.alignment import Alignment
 from side_tuning.network.anchor_map import AnchorMap
 from side_tuning.network.files import (
+    DEFLATED,
     NetworkFileError,
     load_alignment,
     load_ladder,
@@ -105,9 +107,28 @@ def test_rounded_files_are_small_and_near(precision: CodecName, share: float, lo
                 assert (found.float() - wanted.float()).norm() <= lost * wanted.float().norm(), name
 
 
+def inflated(data: bytes) -> bytes:
+    assert data.startswith(DEFLATED)
+    return zlib.decompress(data.removeprefix(DEFLATED))
+
+
+def test_deflated_files_that_are_damaged_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = save_ladder(SideNetwork(SideNetworkConfig(64, 2, 64, "pooled")), precision="int4")
+    assert len(data) < 0.95 * len(inflated(data))
+    for length in range(0, len(data), 997):
+        with pytest.raises(NetworkFileError):
+            load_ladder(data[:length])
+    for damaged, why in ((data + b"x", "behind its end"), (data[:2000] + bytes([data[2000] ^ 1]) + data[2001:], "damaged|cut off")):
+        with pytest.raises(NetworkFileError, match=why):
+            load_ladder(damaged)
+    monkeypatch.setattr("side_tuning.network.files.MAX_BLOB_BYTES", len(data) + 1)  # enough for what came, not for what it holds
+    with pytest.raises(NetworkFileError, match="holds more than"):
+        load_ladder(data)
+
+
 def test_rounded_files_that_do_not_fit_are_refused() -> None:
     alignment = Alignment(384, 8, 2)
-    tensors = load(save_alignment(alignment, precision="int8"))
+    tensors = load(inflated(save_alignment(alignment, precision="int8")))
     config = {"kind": "alignment", "width_in": 384, "side_width": 8, "blocks": 2, "precision": "int8"}
 
     def file(project: torch.Tensor, **changes: object) -> bytes:
