@@ -1,8 +1,8 @@
 """Ladder and alignment as safetensors files, with the configuration as JSON in the metadata.
 
 A file that a device fetches has its large matrices in a codec of `side_tuning.wire.codecs`, as bytes under the tensor's
-own name; `precision` in the configuration says which, and the whole is deflated (RFC 1950) behind `DEFLATED`. Without it
-all values are plain. Whoever must see what devices see loads the file, too: rounded weights are in no other place.
+own name; `precision` in the configuration says which. The other floats are rounded to float16's precision but keep their
+range, so that the whole, deflated (RFC 1950) behind `DEFLATED`, is small. Without a precision all values are plain. Whoever must see what devices see loads the file, too: rounded weights are in no other place.
 
 Nothing is built before the configuration is within bounds and every tensor's name, type and shape fits it; values
 must be finite. The bytes may come from the network.
@@ -148,7 +148,7 @@ def _save(state: Mapping[str, Tensor], config: dict[str, Any], path: Path | None
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     if precision is not None:
         config = {**config, "precision": precision}
-        tensors = {name: _encoded(tensor, precision) if _is_encoded(name, tensor) else tensor for name, tensor in tensors.items()}
+        tensors = {name: _encoded(tensor, precision) if _is_encoded(name, tensor) else _rounded(tensor) for name, tensor in tensors.items()}
     data = save_tensors(tensors, {"config": json.dumps(config, sort_keys=True)})
     if precision is not None:
         data = DEFLATED + zlib.compress(data, 9)
@@ -211,6 +211,14 @@ def _is_encoded(name: str, tensor: Tensor) -> bool:
 def _encoded(tensor: Tensor, precision: CodecName) -> Tensor:
     rows = tensor.reshape(-1, tensor.shape[-1]).float().numpy()
     return torch.frombuffer(bytearray(encode_vectors(rows, precision, GROUP)), dtype=torch.uint8)
+
+
+def _rounded(tensor: Tensor) -> Tensor:
+    """Floats with the last 12 of their 23 bits zero, to the nearest."""
+    if tensor.dtype != torch.float32:
+        return tensor
+    bits = tensor.view(torch.int32)
+    return ((bits + 0x800) & ~0xFFF).view(torch.float32)
 
 
 def _decoded(found: Tensor, wanted: Tensor, precision: CodecName) -> Tensor:
