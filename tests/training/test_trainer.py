@@ -292,14 +292,15 @@ def test_a_checkpoint_goes_out_when_it_is_worth_its_bytes(step: int, saved_step:
 
 def test_a_trickle_of_samples_does_not_send_out_what_is_soon_surpassed(store: Store, tmp_path: Path) -> None:
     chosen = settings(
-        tmp_path, settle_seconds=2.0, replay_ratio_arriving=5, replay_ratio=20, checkpoint_every_seconds=600, evaluate_every_seconds=600,
+        tmp_path, settle_seconds=3.0, replay_ratio_arriving=5, replay_ratio=20, batch_size=128, checkpoint_every_seconds=600,
+        evaluate_every_seconds=600,
     )  # fmt: skip
     prepare(store)
     arrive(store, mixed_fleet())
     stop = threading.Event()
     thread = threading.Thread(target=trainer.run, args=(chosen, stop), daemon=True)
     thread.start()
-    for sequence in range(100, 116):  # for twice as long as the trainer waits; one sample pays for no step
+    for sequence in range(100, 120):  # for longer than the trainer waits; all of these together pay for no step yet
         arrive(store, [frame("attic", sequence, [0])])
         time.sleep(0.25)
     wait_until(lambda: len(_all_checkpoints(store)) > 0, 60, "a checkpoint once the fleet is quiet")
@@ -307,7 +308,7 @@ def test_a_trickle_of_samples_does_not_send_out_what_is_soon_surpassed(store: St
     thread.join(20)
     (only,) = _all_checkpoints(store)
     stored = only.metrics["train_samples"]
-    assert stored == 200 + 16
+    assert stored == 200 + 20
     assert 20 * stored - chosen.training.batch_size < only.step * chosen.training.batch_size <= 20 * stored
 
 
