@@ -9,6 +9,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from coordinator.heartbeat import Heartbeat
@@ -150,8 +151,10 @@ def test_a_trainer_without_a_plan_is_alive_and_ends_on_sigterm(tmp_path):
 
 
 def test_shares_of_recent_batches_are_bounded():
-    cache = SimpleNamespace(devices=[f"d{number}" for number in range(MAX_SHARES + 50)])
-    found = device_shares(SimpleNamespace(cache=cache, recent=[[0] * 50, list(range(MAX_SHARES + 50))]))
+    count = MAX_SHARES + 50
+    # Sample n is of device n.
+    cache = SimpleNamespace(devices=[f"d{number}" for number in range(count)], records=np.array([(n,) for n in range(count)], [("device", "<i4")]))
+    found = device_shares(SimpleNamespace(cache=cache, recent=[np.zeros(50, np.int64), np.arange(count)]))
     assert len(found["shares"]) == MAX_SHARES
     assert found["other_devices"] == 50
     assert sum(found["shares"].values()) + found["other_share"] == pytest.approx(1.0)
