@@ -166,7 +166,8 @@ def agent_turn(backbone: Path, rows: Path, samples: int, folder: Path, *, plan: 
     if sent is not None:
         sent += frames
     assert peak is not None
-    first, last = (extreme(frame.captured_at for frame in frames) for extreme in (min, max))
+    ends = sorted(frame.captured_at for frame in frames)
+    first, last = ends[0], ends[-1]
     seconds, processor = last - first, _spent_at(spent, last) - _spent_at(spent, first)
     return Turn(seconds / (samples - batch), processor / (samples - batch), peak, ready, first - began)
 

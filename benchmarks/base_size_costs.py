@@ -19,8 +19,20 @@ from coordinator import backbones
 from side_tuning.wire.messages import Mode, TapPlan
 
 BATCHES = 6
+MODES: tuple[Mode, ...] = ("pooled", "sequence")
 
 Program = Callable[..., dict[str, Any]]  # a module's name, its arguments, `after`: those behind the file that it writes
+
+
+def device_costs(job: Path, artifact: Path, plans: Mapping[Mode, TapPlan], program: Program, folder: Path) -> dict[str, Any]:
+    """What a sample of the first device of `job` costs with LoRA and with ours, each in a process of its own; `folder` is made for the plans."""
+    folder.mkdir()
+    for mode, plan in plans.items():
+        (folder / mode).write_bytes(plan.to_bytes())
+    return {
+        "lora": program("benchmarks.peers.lora_cost", str(job), "0", "0"),
+        "ours": program("benchmarks.side_tuning_cost", str(job), str(artifact), "0", after=(str(folder),)),
+    }
 
 
 def measure(job: Job, layers: int, plan_for: Callable[[Mode, int], TapPlan], program: Program, folder: Path) -> dict[str, Any]:
@@ -39,17 +51,11 @@ def measure(job: Job, layers: int, plan_for: Callable[[Mode, int], TapPlan], pro
     some = Rows(rows.texts[:count], rows.labels[:count])
     folder.mkdir()
     model = make_model("roberta-base", folder / "model", [text if isinstance(text, str) else " ".join(text) for text in rows.texts])
-    path, artifact, plans = folder / "job.json", folder / "backbone", folder / "plans"
+    path, artifact = folder / "job.json", folder / "backbone"
     write_job(replace(job, model=model, layers=layers, train=[some], test=[some]), path)
     backbones.prepare(model, artifact, layers=layers, weights="float", max_tokens=job.max_tokens)
-    plans.mkdir()
-    modes: tuple[Mode, ...] = ("pooled", "sequence")
-    for mode in modes:
-        (plans / mode).write_bytes(plan_for(mode, layers).to_bytes())
-    return {
-        "layers": layers, "samples": len(some.labels), "lora": program("benchmarks.peers.lora_cost", str(path), "0", "0"),
-        "ours": program("benchmarks.side_tuning_cost", str(path), str(artifact), "0", after=(str(plans),)),
-    }  # fmt: skip
+    plans = {mode: plan_for(mode, layers) for mode in MODES}
+    return {"layers": layers, "samples": len(some.labels), **device_costs(path, artifact, plans, program, folder / "plans")}
 
 
 def show(found: Mapping[str, Any], console: Console) -> None:

@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import base_size_costs, flower_network
+from benchmarks.base_size_costs import MODES
 from benchmarks.figures import Bar, print_bars, write_json
 from benchmarks.peers.lora import Job, Recipe, Rows, write_job
 from benchmarks.real_fleet import RealFleet, run_fleet
@@ -49,7 +50,6 @@ from side_tuning.wire.messages import Mode, TapPlan
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
 MAX_TOKENS = 128
-MODES: tuple[Mode, ...] = ("pooled", "sequence")
 
 
 @dataclass(frozen=True)
@@ -138,16 +138,13 @@ class _Comparison:
         prepared = folder / "backbone"
         manifest = backbones.prepare(self.model, prepared, layers=options.layers, weights="float", max_tokens=MAX_TOKENS)
         self.backbone = PreparedBackbone(manifest, prepared)
+        self.plans = {mode: self._plan(mode, options.layers) for mode in MODES}
 
     def run(self, *, headline: bool) -> dict[str, Any]:
         say = self.console.print
         say("  costs, each in a process of its own")
-        lora = self._program("benchmarks.peers.lora_cost", str(self.job_file), "0", "0")
-        plans = self.folder / "plans"
-        plans.mkdir()
-        for mode in MODES:
-            (plans / mode).write_bytes(self._plan(mode, self.options.layers).to_bytes())
-        ours = self._program("benchmarks.side_tuning_cost", str(self.job_file), str(self.backbone.folder), "0", after=(str(plans),))
+        device_costs = base_size_costs.device_costs(self.job_file, self.backbone.folder, self.plans, self._program, self.folder / "plans")
+        lora, ours = device_costs["lora"], device_costs["ours"]
         moved = None
         if self.options.flower:
             say("  Flower's network")
@@ -171,7 +168,7 @@ class _Comparison:
         skewed = self._learn("pooled", self._tapped("pooled", self.skewed), real) if self.skewed else None
         methods, target = self._methods(lora, ours, moved, real, peers, fedavg, learned, central, taps)
         found: dict[str, Any] = {
-            "target": target, "methods": [asdict(one) for one in methods], "costs": {"lora": lora, "ours": ours},
+            "target": target, "methods": [asdict(one) for one in methods], "costs": device_costs,
             "flower_round": asdict(moved) if moved else None, "real_fleet": asdict(real), "recipe": asdict(self.recipe),
             "profile": costs["fleet"], "curves": {"fedavg": fedavg, **peers, **{m: [asdict(p) for p in one.curve] for m, one in learned.items()}},
         }  # fmt: skip
@@ -237,7 +234,7 @@ class _Comparison:
         return methods, target
 
     def _tapped(self, mode: Mode, shares: Sequence[Share]) -> list[TappedDevice]:
-        return tap_fleet(Backbone.load(self.backbone.folder), self._plan(mode, self.options.layers), shares)
+        return tap_fleet(Backbone.load(self.backbone.folder), self.plans[mode], shares)
 
     def _plan(self, mode: Mode, layers: int) -> TapPlan:
         """The plan that a coordinator makes by default for a backbone of so many layers."""
@@ -252,7 +249,7 @@ class _Comparison:
         payload = sum(frame.payload_bytes for device in devices for frame in device.train)
         overhead = max(0.0, sum(device.up_bytes for device in real.devices) / payload - 1) if mode == "pooled" else 0.0
         folder = Path(tempfile.mkdtemp(dir=self.folder))
-        return learn(devices, self.profile, self._plan(mode, self.options.layers), self.backbone.manifest, self._settings(), folder, overhead)
+        return learn(devices, self.profile, self.plans[mode], self.backbone.manifest, self._settings(), folder, overhead)
 
     def _settings(self) -> TrainingSettings:
         """The defaults; training begins as early as in the demonstration."""
@@ -275,7 +272,7 @@ class _Comparison:
         scores = {}
         settings = self._settings().model_copy(update={"checkpoint_precision": "float"})
         for mode in MODES:
-            plan = self._plan(mode, self.options.layers)
+            plan = self.plans[mode]
             train = [activations("centre", [row for share in self.shares for row in share.train], plan)]
             held_out = [activations(str(number), share.test, plan) for number, share in enumerate(self.shares)]
             scores[mode] = train_centrally(train, held_out, settings, classes=len(numbers))

@@ -169,9 +169,9 @@ class Sampler:
         points = (np.arange(size) + offset) / size
         counts, cap = self._counts.values, self._replay_cap
         batch: list[int] = []
-        while len(batch) < size and len(self._tabulate().devices):
+        while len(batch) < size and (tables := self._tabulate()).devices:
             rest = slice(len(batch), None)
-            cells = self._tabulate().cells_at(points[rest], chances[rest, 0])
+            cells = tables.cells_at(points[rest], chances[rest, 0])
             firsts, seconds = (self._cells.pick(cells, chances[rest, column]) for column in (1, 2))
             for first, second in zip(firsts.tolist(), seconds.tolist(), strict=True):
                 first_drawn, second_drawn = counts.item(first), counts.item(second)

@@ -299,5 +299,5 @@ class TapCache:
 
 def _to_float32(rows: np.ndarray) -> np.ndarray[Any, np.dtype[np.float32]]:
     """By torch: numpy takes sixteen times as long for float16 (docs/lab-notes.md)."""
-    floats: np.ndarray[Any, np.dtype[np.float32]] = torch.from_numpy(rows).float().contiguous().numpy()
+    floats: np.ndarray[Any, np.dtype[np.float32]] = torch.from_numpy(rows).float().numpy()
     return floats
