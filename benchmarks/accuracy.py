@@ -37,7 +37,6 @@ from side_tuning.wire.messages import CodecName, Mode, TapPlan
 DATA = Path(__file__).parents[2] / "shared" / "data"
 SETS = ("trec", "hwu64", "snips7", "sst2", "mrpc")
 MORE_SETS = ("rte", "sent140_users")  # with --full
-MAX_RANK = 64
 VALIDATION_SHARE = 0.25
 
 
@@ -50,13 +49,24 @@ class Case:
     codec: CodecName | None
     group: int = 128
     rank: int = 0  # `sequence` mode
+    summary: bool = False
     tested: bool = False  # on the test rows, too
 
     @property
     def name(self) -> str:
-        rank = f" rank {self.rank}" if self.rank else ""
+        rank = f" rank {self.rank}{' and summary' if self.summary else ''}" if self.rank else ""
         group = f"/{self.group or 'vector'}" if self.codec and self.group != 128 else ""
         return f"{self.mode}{rank}, {self.blocks} taps, {self.codec or 'fp32'}{group}"
+
+
+    def plan(self) -> TapPlan:
+        """With labels that mean nothing."""
+        return TapPlan(
+            1, ("a", "b"), self.blocks, self.mode, codec=self.codec or "fp16", group=self.group, rank=self.rank or 32, summary=self.summary
+        )
+
+    def taps_file(self, folder: Path, dataset: str) -> Path:
+        return folder / f"{dataset}-{self.mode}-{self.rank}-{self.summary}.npz"
 
 
 @dataclass(frozen=True)
@@ -68,14 +78,15 @@ class Result:
     test: tuple[float, ...]
 
 
-def default_case(depth: int) -> Case:
-    """What a coordinator with nothing but labels in its settings asks of a fleet whose shallowest backbone has `depth` layers."""
+def default_case(depth: int, mode: Mode | None = None) -> Case:
+    """What a coordinator with nothing but labels, and perhaps the mode, in its settings asks of a fleet whose shallowest backbone has `depth` layers."""
     settings = CoordinatorSettings.model_validate(
-        {"data_directory": Path(), "broker": {"host": "localhost"}, "task": {"labels": ("no", "yes")}}
+        {"data_directory": Path(), "broker": {"host": "localhost"}, "task": {"labels": ("no", "yes")}, "plan": {"mode": mode}}
     )
     plan = plan_from_settings(settings, [depth])
     assert plan is not None
-    return Case(plan.mode, plan.blocks, plan.codec, plan.group, tested=True)
+    rank = plan.rank if plan.mode == "sequence" else 0
+    return Case(plan.mode, plan.blocks, plan.codec, plan.group, rank, plan.has_summary, tested=mode is None)
 
 
 def cases(depth: int, full: bool) -> list[Case]:
@@ -88,12 +99,12 @@ def cases(depth: int, full: bool) -> list[Case]:
     for blocks in counts:
         found.append(Case("pooled", blocks, None))
         found += [Case("pooled", blocks, codec) for codec in codecs if full or codec in ("int4", "int2") or blocks == default.blocks]
-    found += [Case("sequence", 1, "int4", rank=16), Case("sequence", min(2, depth), "int4", rank=16)] if not full else []
+    sequence = default_case(depth, "sequence")
+    found += [sequence, replace(sequence, summary=False)]
     if full:
-        for rank in (16, 32, MAX_RANK):
-            found.append(Case("sequence", min(2, depth), None, rank=rank))
-            found += [Case("sequence", min(2, depth), codec, rank=rank) for codec in ("int8", "int4", "int2")]
-        found += [Case("sequence", 1, "int4", rank=rank) for rank in (16, 32)]
+        for rank in (16, 32, sequence.rank):
+            found += [replace(sequence, rank=rank, codec=codec, summary=summary) for codec in (None, "int8", "int4", "int2") for summary in (True, False)]
+        found += [replace(sequence, blocks=1, rank=rank) for rank in (16, 32, sequence.rank)]
     known = {replace(case, tested=False): case for case in reversed(found)}  # of two alike the first
     return sorted(known.values(), key=found.index)
 
@@ -101,14 +112,12 @@ def cases(depth: int, full: bool) -> list[Case]:
 def measure(case: Case, dataset: str, folder: Path, classes: int, seeds: Sequence[int]) -> Result:
     """Train and score `case` once per seed; run in a process of its own."""
     torch.set_num_threads(1)
-    taps = Taps.load(folder / f"{dataset}-{case.mode}.npz")
+    taps = Taps.load(case.taps_file(folder, dataset))
     depth = max(taps.layers)
-    plan = TapPlan(1, tuple(map(str, range(classes))), case.blocks, mode=case.mode, codec=case.codec or "fp16", group=case.group, rank=case.rank or 32)
+    plan = replace(case.plan(), labels=tuple(map(str, range(classes))))
     layers = plan.layers(depth)
     if case.codec is None:
-        width = case.rank or taps.values.shape[2]
-        taps = replace(taps, values=taps.values[:, :, :width])
-        size = float(4 * width * len(layers) * taps.counts.mean())
+        size = float(4 * taps.values.shape[2] * len(layers) * taps.counts.mean())
     else:
         taps, size = tap_cache.through_the_wire(taps, plan, plan.taps(depth))
     validation, test = [], []
@@ -136,7 +145,7 @@ def pareto(points: dict[str, tuple[float, float]]) -> list[str]:
 
 
 def prepare_taps(
-    folders: Sequence[Path], backbone: Backbone, folder: Path, *, rows: tuple[int, int], sequence: bool, say: Console
+    folders: Sequence[Path], backbone: Backbone, folder: Path, wanted: Sequence[Case], *, rows: tuple[int, int], say: Console
 ) -> dict[str, int]:
     """Compute every data set's taps once; returns how many classes each has."""
     classes = {}
@@ -145,11 +154,10 @@ def prepare_taps(
         began = time.monotonic()
         dataset = load_dataset(data)
         chosen, test = tap_cache.draw_rows(dataset, *rows)
-        plans = [TapPlan(1, ("a", "b"), depth)]
-        if sequence:
-            plans.append(replace(plans[0], blocks=min(2, depth), mode="sequence", rank=min(MAX_RANK, backbone.manifest.map_rank)))
-        for plan in plans:
-            tap_cache.compute(backbone, dataset, chosen, test, plan).save(folder / f"{dataset.name}-{plan.mode}.npz")
+        for case in {case.taps_file(folder, dataset.name): case for case in wanted}.values():
+            # In `sequence` mode the two layers of the default plan alone: all of them take a gigabyte.
+            plan = replace(case.plan(), blocks=depth if case.mode == "pooled" else min(2, depth))
+            tap_cache.compute(backbone, dataset, chosen, test, plan).save(case.taps_file(folder, dataset.name))
         classes[dataset.name] = len(dataset.labels)
         say.print(f"{dataset.name}: taps of {len(chosen)} samples in {time.monotonic() - began:.0f} s")
     return classes
@@ -217,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     seeds = list(range(given.seeds))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        classes = prepare_taps(given.data, backbone, folder, rows=rows, sequence=given.sequence, say=console)
+        classes = prepare_taps(given.data, backbone, folder, wanted, rows=rows, say=console)
         with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
             jobs = [pool.submit(measure, case, dataset, folder, count, seeds) for case in wanted for dataset, count in classes.items()]
             results = [job.result() for job in jobs]

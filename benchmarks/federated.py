@@ -266,8 +266,10 @@ class _Comparison:
             parts = [compute_taps(backbone, [row.text for row in rows[at : at + 32]], plan) for at in range(0, len(rows), 32)]
             layers = plan.layers(self.backbone.manifest.layers)
             inputs = np.stack([np.concatenate([part.values[layer] for part in parts]) for layer in layers], axis=1)
-            tokens = [count for part in parts for count in part.tokens] if plan.mode == "sequence" else None
-            return Activations(name, self.backbone.manifest.fingerprint, inputs, np.array([numbers[row.label] for row in rows]), tokens)
+            labels = np.array([numbers[row.label] for row in rows])
+            rows_each = [count for part in parts for count in part.counts(plan.mode)] if plan.mode == "sequence" else None
+            summary_width = backbone.width if plan.has_summary else 0
+            return Activations(name, self.backbone.manifest.fingerprint, inputs, labels, rows_each, summary_width)
 
         scores = {}
         settings = self._settings().model_copy(update={"checkpoint_precision": "float"})

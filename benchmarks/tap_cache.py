@@ -25,7 +25,7 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Taps:
-    """Rows of one data set and mode as `(rows, layers, width)`, rows being samples, or tokens in `sequence` mode."""
+    """Rows of one data set and mode as `(rows, layers, width)`; a sample has one, or in `sequence` mode its summary's and its tokens'."""
 
     mode: Mode
     layers: tuple[int, ...]
@@ -33,28 +33,31 @@ class Taps:
     tokens: np.ndarray  # of each sample
     labels: np.ndarray
     test: np.ndarray  # bool: of the published test set
+    summary_rows: int = 0  # of each sample
+    summary_width: int = 0
 
     @property
     def counts(self) -> np.ndarray:
-        return np.ones_like(self.tokens) if self.mode == "pooled" else self.tokens
+        return np.ones_like(self.tokens) if self.mode == "pooled" else self.tokens + self.summary_rows
 
     def save(self, path: Path) -> None:
-        np.savez(path, mode=self.mode, layers=self.layers, values=self.values, tokens=self.tokens, labels=self.labels, test=self.test)
+        np.savez(path, **vars(self))
 
     @classmethod
     def load(cls, path: Path) -> Taps:
         with np.load(path) as file:
             mode: Mode = "sequence" if str(file["mode"]) == "sequence" else "pooled"
             layers = tuple(int(layer) for layer in file["layers"])
-            return cls(mode, layers, file["values"], file["tokens"], file["labels"], file["test"])
+            summary = int(file["summary_rows"]), int(file["summary_width"])
+            return cls(mode, layers, file["values"], file["tokens"], file["labels"], file["test"], *summary)
 
     def activations(self, picked: np.ndarray, layers: tuple[int, ...], device: str) -> Activations:
         """The picked samples, in order, as the trainer takes them."""
         places = [self.layers.index(layer) for layer in layers]
         ends = np.cumsum(self.counts)
         rows = np.concatenate([np.arange(ends[n] - self.counts[n], ends[n]) for n in picked])
-        tokens = self.tokens[picked].tolist() if self.mode == "sequence" else None
-        return Activations(device, "backbone", self.values[rows][:, places], self.labels[picked], tokens)
+        rows_each = self.counts[picked].tolist() if self.mode == "sequence" else None
+        return Activations(device, "backbone", self.values[rows][:, places], self.labels[picked], rows_each, self.summary_width)
 
 
 def draw_rows(dataset: Dataset, most_train: int, most_test: int) -> tuple[list[Row], np.ndarray]:
@@ -79,17 +82,18 @@ def compute(backbone: Backbone, dataset: Dataset, rows: list[Row], test: np.ndar
         some = order[start : start + BATCH]
         matrices = compute_taps(backbone, [rows[n].text for n in some], plan)
         stacked = np.stack([matrices.values[layer] for layer in plan.taps(depth)], axis=1)
-        counts = matrices.tokens if plan.mode == "sequence" else [1] * len(some)
-        for n, part, real in zip(some, np.split(stacked, np.cumsum(counts)[:-1]), matrices.tokens, strict=True):
+        for n, part, real in zip(some, np.split(stacked, np.cumsum(matrices.counts(plan.mode))[:-1]), matrices.tokens, strict=True):
             found[n], tokens[n] = part, real
     labels = np.array([dataset.labels.index(row.label) for row in rows], np.int64)
-    return Taps(plan.mode, plan.taps(depth), np.concatenate(found), tokens, labels, test)
+    width = backbone.width
+    return Taps(
+        plan.mode, plan.taps(depth), np.concatenate(found), tokens, labels, test, plan.summary_rows(width), width if plan.has_summary else 0
+    )
 
 
 def through_the_wire(taps: Taps, plan: TapPlan, layers: tuple[int, ...]) -> tuple[Taps, float]:
     """What the coordinator decodes of `layers`, and the payload bytes per sample, headers included."""
     places = [taps.layers.index(layer) for layer in layers]
-    width = plan.rank if plan.mode == "sequence" else taps.values.shape[2]
     maps: dict[int, str | None] = dict.fromkeys(layers, "0" * 32 if plan.mode == "sequence" else None)
     frame = OpenFrame(plan, 1e9, 0.0)
     payload_bytes = 0
@@ -109,12 +113,13 @@ def through_the_wire(taps: Taps, plan: TapPlan, layers: tuple[int, ...]) -> tupl
     ends = np.cumsum(taps.counts)
     for n, (end, count) in enumerate(zip(ends, taps.counts, strict=True)):
         name = hashlib.sha256(f"sample {n}".encode()).hexdigest()[:32]
-        rows = taps.values[end - count : end, places, :width]
+        rows = taps.values[end - count : end, places]
         sample = TappedSample(
             SampleInfo(name, int(taps.labels[n]), "train", int(taps.tokens[n])),
             {layer: np.ascontiguousarray(rows[:, place]) for place, layer in enumerate(layers)},
             maps,
             max(taps.layers),
+            summary_rows=taps.summary_rows,
         )
         if not frame.has_room_for(sample, plan.frame_bytes):
             send()

@@ -57,6 +57,7 @@ def plan_from_settings(settings: CoordinatorSettings, depths: Collection[int]) -
         last_rank=wanted.last_rank if language else 0,
         last_codec=wanted.last_codec if language else "int4",
         context_every=wanted.context_every if language else 1,
+        summary=wanted.summary and mode == "sequence" and not language,
     )
 
 
@@ -91,6 +92,8 @@ def change_plan(settings: CoordinatorSettings, store: Store, device: str | None,
         if base is None:
             raise ConfigError("there is no tap plan to change yet; register a backbone first, or set plan.blocks in the settings")
         try:
+            if changes.get("mode") == "sequence":
+                changes = {"summary": settings.plan.summary, **changes}
             changed = replace(base, **changes)
             TapPlan.from_bytes(changed.to_bytes())
         except FrameError as error:
@@ -127,6 +130,8 @@ def next_version(newest: int, now: datetime) -> int:
 def describe(plan: TapPlan) -> str:
     """The plan in a line, for people."""
     shape = f"rank {plan.rank}, at most {plan.max_tokens} tokens" if plan.mode == "sequence" else plan.pooling
+    if plan.has_summary:
+        shape += f", {plan.pooling} summary"
     task: str = plan.task
     if plan.task == "classification":
         task = f"{len(plan.labels)} labels"

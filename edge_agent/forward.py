@@ -41,7 +41,7 @@ def tap_samples(backbone: Backbone, samples: Sequence[Sample], plan: TapPlan, re
     if matrices is None:
         return []
     tapped: list[TappedSample] = []
-    counts = matrices.tokens if plan.mode == "sequence" else [1] * len(usable)
+    counts = matrices.counts(plan.mode)
     ends = list(itertools.accumulate(counts))
     for place, (sample, label, target) in enumerate(usable):
         start, end = ends[place] - counts[place], ends[place]
@@ -54,7 +54,7 @@ def tap_samples(backbone: Backbone, samples: Sequence[Sample], plan: TapPlan, re
         if matrices.token_ids is not None and matrices.supervised_from is not None:
             info = info._replace(supervised_from=matrices.supervised_from[place])
             token_ids = TokenIds.of([matrices.token_ids[place]], backbone.manifest.vocabulary)
-        tapped.append(TappedSample(info, rows, matrices.maps, matrices.depth, token_ids))
+        tapped.append(TappedSample(info, rows, matrices.maps, matrices.depth, token_ids, matrices.summary_rows))
     return tapped
 
 

@@ -94,7 +94,7 @@ class Predictor:
         mask = None
         if plan.mode == "sequence":
             for layer, rows in taps.items():
-                taps[layer], mask = pad_tokens(rows, matrices.tokens)
+                taps[layer], mask = pad_tokens(rows, matrices.counts(plan.mode))
         inputs = block_inputs(taps, plan.layers(self._backbone.manifest.layers))
         logits = predict_logits(self._alignment, self._ladder, inputs, mask)
         if self.task == "regression":
@@ -115,13 +115,16 @@ def load_networks(checkpoint: StoredCheckpoint, backbone: BackboneManifest) -> t
     except (NetworkFileError, OSError) as error:
         raise CheckpointError(f"checkpoint {manifest.generation} cannot be loaded: {error}") from error
     plan = manifest.plan
-    width_in = backbone.width if plan.mode == "pooled" else plan.rank
+    width_in = backbone.width if plan.mode == "pooled" else min(plan.rank, backbone.width)
     facts: Sequence[tuple[str, object, object]] = (
         ("classes", ladder.config.classes, 1 if plan.task == "regression" else len(plan.labels)),
         ("blocks", ladder.config.blocks, plan.blocks),
         ("blocks of the alignment", alignment.config.blocks, plan.blocks),
         ("width of the alignment's input", alignment.config.width_in, width_in),
         ("mode", ladder.config.mode, plan.mode),
+        ("summary", ladder.config.summary, plan.has_summary),
+        ("width of the summary", alignment.config.summary_width, backbone.width if plan.has_summary else 0),
+        ("width of the summary's output", alignment.summary and alignment.summary.config.width_out, ladder.config.summary_width or None),
         ("width of the alignment's output", alignment.config.width_out, ladder.config.width_in),
     )
     for name, found, wanted in facts:

@@ -20,13 +20,14 @@ TAP_HEADER_BYTES = 120
 
 @dataclass(frozen=True)
 class TappedSample:
-    """One sample after its forward pass. `rows` is (1, width) in `pooled` mode, (tokens, rank) in `sequence` mode."""
+    """One sample after its forward pass. `rows` is (1, width) in `pooled` mode, (tokens, rank) in `sequence` mode, its summary's rows before them."""
 
     info: SampleInfo
     rows: dict[int, np.ndarray[Any, Any]]  # by layer
     maps: dict[int, str | None]
     depth: int  # layers of the backbone
     token_ids: TokenIds | None = None  # `causal-lm`: of the rows, and the one after the last
+    summary_rows: int = 0
 
     def encoded_bytes(self, plan: TapPlan) -> int:
         taps = sum(encoded_bytes(rows.shape[0], rows.shape[1], plan.codec_at(layer, self.depth), plan.group) for layer, rows in self.rows.items())
@@ -79,5 +80,6 @@ class OpenFrame:
             samples=tuple(s.info for s in self.samples),
             taps=to_wire_taps(TapMatrices(values, [s.info.tokens for s in self.samples], first.maps, first.depth), self.plan),
             token_ids=TokenIds(ids[0].bytes_each, b"".join(part.data for part in ids)) if ids else None,
+            summary_rows=first.summary_rows,
         )
         return split_frame(encode_frame(frame), max(frame_bytes, MIN_PART_BYTES))

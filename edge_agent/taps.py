@@ -1,4 +1,4 @@
-"""From hidden states to what is sent: pooled vectors, or every token through the fixed low-rank map."""
+"""From hidden states to what is sent: pooled vectors, or every token through the fixed low-rank map, a summary before them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from side_tuning.backbone_manifest import BackboneManifest
 from side_tuning.wire.codecs import encode_vectors
 from side_tuning.wire.frame import Tap
-from side_tuning.wire.messages import TapPlan
+from side_tuning.wire.messages import Mode, TapPlan
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,14 +23,19 @@ class PlanError(ValueError):
 
 @dataclass
 class TapMatrices:
-    """Float taps of one batch, by layer: one row per sample (`pooled`) or per real token (`sequence`)."""
+    """Float taps of one batch, by layer: one row per sample (`pooled`), or per real token, the summary's before them (`sequence`)."""
 
     values: dict[int, np.ndarray[Any, Any]]  # (rows, width or rank) float32
     tokens: list[int]  # real tokens of each sample; of a language model its rows
     maps: dict[int, str | None]  # hash of the map that was applied
     depth: int  # layers of the backbone; the last one may have a codec of its own
+    summary_rows: int = 0  # of each sample, before its tokens
     token_ids: list[np.ndarray[Any, Any]] | None = None  # `causal-lm`: each sample's, (tokens + 1,) int64
     supervised_from: list[int] | None = None  # `causal-lm`: the first row of each sample that is trained
+
+    def counts(self, mode: Mode) -> list[int]:
+        """Rows of each sample in every layer."""
+        return [1] * len(self.tokens) if mode == "pooled" else [n + self.summary_rows for n in self.tokens]
 
 
 def check_plan(plan: TapPlan, manifest: BackboneManifest) -> None:
@@ -60,7 +65,10 @@ def compute_taps(backbone: Backbone, texts: Texts, plan: TapPlan) -> TapMatrices
         else:
             values[layer] = _mapped(backbone, layer, states[activations.mask], plan)
             maps[layer] = manifest.maps[layer]
-    return TapMatrices(values, [int(n) for n in tokens], maps, manifest.layers)
+            if plan.has_summary:
+                summaries = _pool(states, activations.mask, tokens, plan.pooling).numpy()
+                values[layer] = _with_summaries(summaries, values[layer], tokens.tolist())
+    return TapMatrices(values, tokens.tolist(), maps, manifest.layers, plan.summary_rows(manifest.width))
 
 
 def _language_taps(backbone: Backbone, texts: Texts, plan: TapPlan) -> TapMatrices:
@@ -77,8 +85,8 @@ def _language_taps(backbone: Backbone, texts: Texts, plan: TapPlan) -> TapMatric
         [len(rows.kept) for rows in texts_rows],
         {layer: backbone.manifest.maps[layer] for layer in layers},
         backbone.manifest.layers,
-        [rows.ids for rows in texts_rows],
-        [rows.supervised_from for rows in texts_rows],
+        token_ids=[rows.ids for rows in texts_rows],
+        supervised_from=[rows.supervised_from for rows in texts_rows],
     )
 
 
@@ -88,6 +96,16 @@ def _mapped(backbone: Backbone, layer: int, states: Tensor, plan: TapPlan) -> np
 
     manifest = backbone.manifest
     return np.ascontiguousarray(states.numpy() @ backbone.map_matrix(layer, plan.width_at(layer, manifest.layers, manifest.width)))
+
+
+def _with_summaries(summaries: np.ndarray[Any, Any], rows: np.ndarray[Any, Any], tokens: list[int]) -> np.ndarray[Any, Any]:
+    """Each sample's summary (samples, width), folded and filled up with zeros, before its token rows (sum(tokens), rank)."""
+    import numpy as np
+
+    rank = rows.shape[1]
+    folded = np.pad(summaries, ((0, 0), (0, -summaries.shape[1] % rank))).reshape(len(summaries), -1, rank)
+    parts = np.split(rows, np.cumsum(tokens)[:-1])
+    return np.concatenate([part for pair in zip(folded, parts, strict=True) for part in pair])
 
 
 def to_wire_taps(matrices: TapMatrices, plan: TapPlan) -> tuple[Tap, ...]:

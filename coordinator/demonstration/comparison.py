@@ -104,18 +104,20 @@ def _read(device: DemoDevice, file: Path, plan: TapPlan) -> dict[str, Activation
     tensors = load_file(file)
     layers = plan.layers(device.backbone.manifest.layers)
     inputs = np.stack([tensors[f"layer.{layer}"] for layer in layers], axis=1)  # (rows, B, d)
-    tokens, held_out = tensors["tokens"], tensors["held_out"]
+    width = device.backbone.manifest.width
+    rows_each, held_out = tensors["tokens"] + plan.summary_rows(width), tensors["held_out"]
     labels = tensors["target" if plan.task == "regression" else "label"]
     groups = {}
     for split, chosen in (("train", ~held_out), ("held-out", held_out)):
         if not chosen.any():
             continue
-        rows = np.repeat(chosen, tokens) if plan.mode == "sequence" else chosen
+        rows = np.repeat(chosen, rows_each) if plan.mode == "sequence" else chosen
         groups[split] = Activations(
             device=device.name,
             fingerprint=device.backbone.manifest.fingerprint,
             inputs=inputs[rows],
             labels=labels[chosen],
-            tokens=tokens[chosen].tolist() if plan.mode == "sequence" else None,
+            rows_each=rows_each[chosen].tolist() if plan.mode == "sequence" else None,
+            summary_width=width if plan.has_summary else 0,
         )
     return groups

@@ -29,7 +29,7 @@ from coordinator.settings import ConfigError
 from coordinator.store.engine import Store
 from coordinator.store.registry import backbones
 from coordinator.training.settings import FEWEST_ANCHORS
-from side_tuning.backbone_manifest import read_manifest
+from side_tuning.backbone_manifest import BackboneManifest, read_manifest
 from side_tuning.network.anchor_map import CLAMP, AnchorMap
 from side_tuning.network.files import NetworkFileError, load_alignment, save_alignment
 from side_tuning.network.side_network import block_inputs
@@ -54,6 +54,7 @@ class AnchorTaps:
 
     rows: np.ndarray
     tokens: tuple[int, ...]
+    summaries: np.ndarray | None = None  # (texts, B, width) where the plan has them
 
     def per_text(self) -> np.ndarray:
         """Means over each text's rows, (texts, B, d)."""
@@ -75,6 +76,11 @@ class Anchors:
     def width(self) -> int:
         """Of the shared space, per block."""
         return int(self._target.rows.shape[-1])
+
+    @property
+    def summary_width(self) -> int:
+        """Of the space that summaries share, per block; 0 where the plan has none."""
+        return 0 if self._target.summaries is None else int(self._target.summaries.shape[-1])
 
     @classmethod
     def open(
@@ -108,8 +114,9 @@ class Anchors:
             except AnchorError as error:
                 log.warning("%s; another backbone's space is shared instead", error)
                 continue
-            target = AnchorTaps(main_directions(taps.rows, width), taps.tokens)
-            write_atomically(kept, save({"rows": target.rows, "tokens": np.array(target.tokens, np.int64)}))
+            summaries = None if taps.summaries is None else main_directions(taps.summaries, width)
+            target = AnchorTaps(main_directions(taps.rows, width), taps.tokens, summaries)
+            _write_target(kept, target)
             log.info("%d anchors; the shared space is that of backbone %s, %d wide", len(texts), reference, target.rows.shape[-1])
             anchors = cls(texts, data_directory, plan, target, run_folder)
             anchors._keep(reference, taps)
@@ -142,6 +149,8 @@ class Anchors:
             anchor_map = fit_anchor_map(taps.rows, self._target.rows)
         else:  # another tokenizer: only whole texts correspond
             anchor_map = fit_anchor_map(taps.per_text(), self._target.per_text())
+        if taps.summaries is not None and self._target.summaries is not None:
+            anchor_map = anchor_map.with_summary(fit_anchor_map(taps.summaries, self._target.summaries))
         write_atomically(self._map_file(fingerprint), save_alignment(anchor_map))
         return anchor_map
 
@@ -149,10 +158,17 @@ class Anchors:
         return self._run_folder / f"anchor-map-{fingerprint}.safetensors"
 
 
+def _write_target(file: Path, target: AnchorTaps) -> None:
+    tensors = {"rows": target.rows, "tokens": np.array(target.tokens, np.int64)}
+    if target.summaries is not None:
+        tensors["summaries"] = target.summaries
+    write_atomically(file, save(tensors))
+
+
 def _read_target(file: Path) -> AnchorTaps:
     try:
         tensors = load_file(file)
-        return AnchorTaps(tensors["rows"], tuple(tensors["tokens"].tolist()))
+        return AnchorTaps(tensors["rows"], tuple(tensors["tokens"].tolist()), tensors.get("summaries"))
     except Exception as error:  # SafetensorError is not exported as a type
         raise AnchorError(f"{file} is damaged ({error}): delete training-run.json in data_directory, and a new run begins") from error
 
@@ -212,19 +228,28 @@ def _text(line: str, where: str) -> object:
 
 def compute_anchor_taps(texts: list[object], data_directory: Path, fingerprint: str, plan: TapPlan) -> AnchorTaps:
     """Run the texts through a kept artifact, as a device would, its codec included."""
-    tensors, depth = export_anchors(texts, data_directory, fingerprint, plan)
+    tensors, manifest = export_anchors(texts, data_directory, fingerprint, plan)
+    depth = manifest.layers
     taps = {layer: round_trip(tensors[f"layer.{layer}"], plan.codec, plan.group) for layer in plan.taps(depth)}
     inputs = block_inputs(taps, plan.layers(depth))
     tokens = tensors["tokens"].tolist() if plan.mode == "sequence" else [1] * len(inputs)
+    summaries = None
+    if plan.has_summary:
+        k = plan.summary_rows(manifest.width)
+        ends = np.cumsum(tensors["tokens"] + k)
+        first = np.stack([np.arange(end - count - k, end - count) for end, count in zip(ends, tokens, strict=True)])  # (texts, k)
+        folded = inputs[first].swapaxes(1, 2)  # (texts, B, k, rank)
+        summaries = folded.reshape(*folded.shape[:2], -1)[..., : manifest.width]
+        inputs = np.delete(inputs, first.ravel(), axis=0)
     if len(inputs) > MOST_TOKEN_ROWS:
         whole = int(np.searchsorted(np.cumsum(tokens), MOST_TOKEN_ROWS, side="right"))
         tokens = tokens[:whole]
         inputs = inputs[: sum(tokens)]
-    return AnchorTaps(inputs, tuple(tokens))
+    return AnchorTaps(inputs, tuple(tokens), summaries)
 
 
-def export_anchors(texts: list[object], data_directory: Path, fingerprint: str, plan: TapPlan) -> tuple[dict[str, np.ndarray], int]:
-    """The tensors of `edge_agent.export_taps` for the texts on a kept artifact, before any codec, and the artifact's depth.
+def export_anchors(texts: list[object], data_directory: Path, fingerprint: str, plan: TapPlan) -> tuple[dict[str, np.ndarray], BackboneManifest]:
+    """The tensors of `edge_agent.export_taps` for the texts on a kept artifact, before any codec, and the artifact's manifest.
 
     The forward runs in the device's own program, as a child process: the memory of a backbone is gone afterwards.
 
@@ -235,7 +260,7 @@ def export_anchors(texts: list[object], data_directory: Path, fingerprint: str, 
     artifact = find_artifact(data_directory, fingerprint)
     if artifact is None:
         raise AnchorError(f"backbone {fingerprint} has no artifact in {data_directory}")
-    depth = read_manifest(artifact).layers
+    manifest = read_manifest(artifact)
     with tempfile.TemporaryDirectory(prefix="anchors-") as folder:
         samples, plan_file, out = (Path(folder) / name for name in ("texts.jsonl", "plan", "taps.safetensors"))
         rows = [{"text": t} if isinstance(t, str) else {"text_a": t[0], "text_b": t[1]} for t in texts]  # type: ignore[index]
@@ -250,7 +275,7 @@ def export_anchors(texts: list[object], data_directory: Path, fingerprint: str, 
             raise AnchorError(f"anchors took over {FORWARD_SECONDS:.0f} s on backbone {fingerprint}; give fewer texts") from error
         if done.returncode:
             raise AnchorError(f"anchors cannot run on backbone {fingerprint}: {done.stderr.strip()[-500:]}")
-        return load_file(out), depth
+        return load_file(out), manifest
 
 
 def main_directions(rows: np.ndarray, width: int) -> np.ndarray:

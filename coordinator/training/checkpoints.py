@@ -163,6 +163,7 @@ def _pack(learner: Trained, progress: Progress) -> bytes:
             {
                 "fingerprint": f,
                 "width_in": a.config.width_in,
+                "summary_width": a.config.summary_width,
                 "joined_at": learner.joined_at[f],
                 "anchored": isinstance(a, AnchorMap),
             }
@@ -176,10 +177,13 @@ def _pack(learner: Trained, progress: Progress) -> bytes:
 def _unpack(learner: Trained, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     # In the order of joining: that is the order of the optimizer's parameter groups.
     for backbone in state["backbones"]:
-        width_in = backbone["width_in"]
-        # Its numbers come with the tensors below.
-        anchor_map = AnchorMap(width_in, learner.config.width_in, learner.config.blocks) if backbone["anchored"] else None
-        learner.add_backbone(backbone["fingerprint"], width_in, step=backbone["joined_at"], anchor_map=anchor_map)
+        width_in, summary_width = backbone["width_in"], backbone.get("summary_width", 0)
+        anchor_map = None
+        if backbone["anchored"]:  # its numbers come with the tensors below
+            anchor_map = AnchorMap(width_in, learner.config.width_in, learner.config.blocks, summary_width, learner.config.entry_summary_width)
+        learner.add_backbone(
+            backbone["fingerprint"], width_in, step=backbone["joined_at"], anchor_map=anchor_map, summary_width=summary_width
+        )
     for place, network in _networks(learner).items():
         network.load_state_dict({name: tensors[f"{place}/{name}"] for name in network.state_dict()})
     moments: dict[int, dict[str, Tensor]] = {}

@@ -100,8 +100,8 @@ class LanguageLearner(Trained):
         self.ends: dict[str, FrozenEnds] = {}
         self._ends_of = ends_of
 
-    def add_backbone(self, fingerprint: str, width_in: int, *, step: int, anchor_map: AnchorMap | None = None) -> None:
-        """Give a new backbone type its alignment; `anchor_map` is for classification alone.
+    def add_backbone(self, fingerprint: str, width_in: int, *, step: int, anchor_map: AnchorMap | None = None, summary_width: int = 0) -> None:
+        """Give a new backbone type its alignment; anchor maps and summaries are not for language models.
 
         Raises:
             BackboneError: its artifact is not at hand or has no head.
@@ -118,7 +118,7 @@ class LanguageLearner(Trained):
             )
         )
         alignment.reset_projection(self._generator(fingerprint))
-        alignment.taps.input_dropout = self.settings.input_dropout
+        alignment.taps.drop_inputs(self.settings.input_dropout)
         self._join(fingerprint, alignment, step)
 
     def warm_start(self, fingerprint: str, rows: Rows) -> float:

@@ -23,7 +23,7 @@ from side_tuning.network.alignment import Alignment
 from side_tuning.network.anchor_map import AnchorMap
 from side_tuning.network.files import load_alignment, load_ladder, save_alignment, save_ladder
 from side_tuning.network.side_network import SideNetwork, SideNetworkConfig, predict_logits
-from side_tuning.wire.messages import Mode
+from side_tuning.wire.messages import CodecName, Mode
 
 Network = TypeVar("Network", bound=nn.Module)
 AnyAlignment = Alignment | AnchorMap
@@ -50,7 +50,14 @@ class Rows:
 
 
 def side_network_config(
-    settings: TrainingSettings, *, blocks: int, classes: int, mode: Mode, entry_width: int = 0
+    settings: TrainingSettings,
+    *,
+    blocks: int,
+    classes: int,
+    mode: Mode,
+    entry_width: int = 0,
+    summary: bool = False,
+    entry_summary_width: int = 0,
 ) -> SideNetworkConfig:
     return SideNetworkConfig(
         side_width=settings.side_width,
@@ -61,6 +68,8 @@ def side_network_config(
         expansion=settings.expansion,
         dropout=settings.dropout,
         entry_width=entry_width,
+        summary=summary,
+        entry_summary_width=entry_summary_width,
     )
 
 
@@ -100,7 +109,7 @@ class Trained:
             _groups(self.ladder, settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.98), fused=True
         )
 
-    def add_backbone(self, fingerprint: str, width_in: int, *, step: int, anchor_map: AnchorMap | None = None) -> None:
+    def add_backbone(self, fingerprint: str, width_in: int, *, step: int, anchor_map: AnchorMap | None = None, summary_width: int = 0) -> None:
         """Give a new backbone type its alignment: its anchor map, or else one that later steps train with the rest."""
         raise NotImplementedError
 
@@ -115,7 +124,12 @@ class Trained:
     def published(self) -> PublishedFiles:
         """The averaged weights, rounded to `checkpoint_precision`."""
         precision = None if self.settings.checkpoint_precision == "float" else self.settings.checkpoint_precision
-        files = {name: save_alignment(alignment, precision=precision) for name, alignment in self.average_alignments.items()}
+        # An anchor map goes to a device once, and its error would never be trained away: 0.3 points in int4 (docs/lab-notes.md).
+        of_map: CodecName | None = "int8" if precision == "int4" else precision
+        files = {
+            name: save_alignment(alignment, precision=of_map if isinstance(alignment, AnchorMap) else precision)
+            for name, alignment in self.average_alignments.items()
+        }
         return PublishedFiles(save_ladder(self.ladder_for_devices(), precision=precision), files)
 
     def step(self, batch: Sequence[Rows], step: int) -> float:
@@ -176,16 +190,16 @@ class Learner(Trained):
         with seeded(settings.seed, torch.device(settings.device)):
             ladder = SideNetwork(config)
         if ladder.entry is not None:
-            ladder.entry.input_dropout = settings.input_dropout
+            ladder.entry.drop_inputs(settings.input_dropout)
         super().__init__(settings, config, ladder)
 
-    def add_backbone(self, fingerprint: str, width_in: int, *, step: int, anchor_map: AnchorMap | None = None) -> None:
+    def add_backbone(self, fingerprint: str, width_in: int, *, step: int, anchor_map: AnchorMap | None = None, summary_width: int = 0) -> None:
         if anchor_map is not None:
             self.joined_at[fingerprint] = step
             self.alignments[fingerprint] = self.average_alignments[fingerprint] = anchor_map.to(self.device)
             return
-        alignment = Alignment(width_in, self.config.width_in, self.config.blocks)
-        alignment.input_dropout = self.settings.input_dropout
+        alignment = Alignment(width_in, self.config.width_in, self.config.blocks, summary_width)
+        alignment.drop_inputs(self.settings.input_dropout)
         alignment.reset_projection(self._generator(fingerprint))
         self._join(fingerprint, alignment, step)
 
@@ -200,19 +214,20 @@ class Learner(Trained):
 
     def _align(self, batch: Sequence[Rows]) -> tuple[Tensor, Tensor | None, Tensor]:
         aligned, masks, labels = [], [], []
-        longest = max(0 if rows.mask is None else rows.mask.shape[1] for rows in batch)
         for rows in batch:
             inputs = torch.from_numpy(rows.inputs).to(self.device)
             alignment = self.alignments[rows.fingerprint]
             mask = None if rows.mask is None else torch.from_numpy(rows.mask).to(self.device)
             alignment.observe(inputs, mask)
-            x = alignment(inputs)
+            x, mask = alignment(inputs), alignment.ladder_mask(mask)
             if mask is not None:
-                missing = longest - mask.shape[1]
-                x, mask = F.pad(x, (0, 0, 0, missing)), F.pad(mask, (0, missing))
                 masks.append(mask)
             aligned.append(x)
             labels.append(torch.from_numpy(rows.labels))
+        if masks:
+            longest = max(mask.shape[1] for mask in masks)
+            aligned = [F.pad(x, (0, 0, 0, longest - x.shape[2])) for x in aligned]
+            masks = [F.pad(mask, (0, longest - mask.shape[1])) for mask in masks]
         x, mask = torch.cat(aligned), torch.cat(masks) if masks else None
         if self.ladder.entry is not None:
             self.ladder.entry.observe(x, mask)

@@ -24,23 +24,24 @@ AnchorMaps = Mapping[str, AnchorMap]
 
 @dataclass(frozen=True)
 class Activations:
-    """Block inputs of one device: `(N, B, d)` in `pooled` mode, `(tokens, B, d)` with `tokens` per sample else."""
+    """Block inputs of one device: `(N, B, d)` in `pooled` mode, `(rows, B, d)` with `rows_each` per sample else."""
 
     device: str
     fingerprint: str
     inputs: np.ndarray
     labels: np.ndarray  # classes; of a regression the targets, float64
-    tokens: Sequence[int] | None = None
+    rows_each: Sequence[int] | None = None  # tokens, and the rows of the summary before them
+    summary_width: int = 0
 
     def rows(self, picked: np.ndarray) -> Rows:
         """The picked samples as one group of a batch."""
         labels = self.labels[picked]
         if labels.dtype != np.float64:
             labels = labels.astype(np.int64)
-        if self.tokens is None:
+        if self.rows_each is None:
             return Rows(self.fingerprint, self.inputs[picked].astype(np.float32), None, labels)
-        ends = np.cumsum(self.tokens)
-        parts = [self.inputs[ends[n] - self.tokens[n] : ends[n]] for n in picked]
+        ends = np.cumsum(self.rows_each)
+        parts = [self.inputs[ends[n] - self.rows_each[n] : ends[n]] for n in picked]
         padded, mask = pad_tokens(np.concatenate(parts).astype(np.float32), [len(part) for part in parts])
         return Rows(self.fingerprint, padded.transpose(0, 2, 1, 3), mask, labels)
 
@@ -114,10 +115,16 @@ def _train(
     anchor_maps: AnchorMaps,
     task: Task,
 ) -> tuple[Learner, int]:
-    mode: Mode = "pooled" if train[0].tokens is None else "sequence"
-    entry_width = next((anchor_map.config.width_out for anchor_map in anchor_maps.values()), 0)
+    mode: Mode = "pooled" if train[0].rows_each is None else "sequence"
+    shared = next((anchor_map.config for anchor_map in anchor_maps.values()), None)
     config = side_network_config(
-        settings, blocks=train[0].inputs.shape[1], classes=classes, mode=mode, entry_width=entry_width
+        settings,
+        blocks=train[0].inputs.shape[1],
+        classes=classes,
+        mode=mode,
+        entry_width=shared.width_out if shared else 0,
+        summary=train[0].summary_width > 0,
+        entry_summary_width=shared.summary_width_out if shared else 0,
     )
     learner = make_learner(settings, config, task)
     sampler = Sampler(
@@ -126,7 +133,9 @@ def _train(
     for number, group in enumerate(train):
         if group.fingerprint not in learner.alignments:
             anchor_map = anchor_maps.get(group.fingerprint)
-            learner.add_backbone(group.fingerprint, group.inputs.shape[-1], step=0, anchor_map=anchor_map)
+            learner.add_backbone(
+                group.fingerprint, group.inputs.shape[-1], step=0, anchor_map=anchor_map, summary_width=group.summary_width
+            )
         sampler.add(np.full(len(group.labels), number), np.zeros(len(group.labels), np.int64) if task == "regression" else group.labels)
     ends = np.cumsum([len(group.labels) for group in train])
     budget = int(settings.replay_ratio * sampler.samples) if samples_drawn is None else samples_drawn

@@ -43,7 +43,9 @@ def what_is_learned(plan: TapPlan, settings: TrainingSettings) -> dict[str, Any]
         "rank": plan.rank if plan.mode == "sequence" else 0,
         **{name: getattr(settings, name) for name in _FIXED},
     }
-    if plan.task != "classification":  # of those nothing more is noted, so that runs from before there were other tasks go on
+    if plan.has_summary:  # noted where there is one only, so that runs from before there were summaries go on
+        learned["summary"] = True
+    if plan.task != "classification":  # likewise
         learned |= {"task": plan.task, "last_rank": plan.last_rank if plan.task == "causal-lm" else 0}
     return learned
 

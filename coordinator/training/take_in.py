@@ -82,6 +82,8 @@ def _useless(sample: StoredSample, plan: TapPlan, known: dict[int, TapPlan], man
         return "other task"
     if (made_for.mode, made_for.pooling) != (plan.mode, plan.pooling):
         return "other mode or pooling"
+    if made_for.has_summary != plan.has_summary:
+        return "with a summary" if made_for.has_summary else "no summary"
     return "label out of range" if plan.task == "classification" and (sample.label or 0) >= len(plan.labels) else None
 
 
@@ -90,8 +92,9 @@ def _keep(cache: TapCache, plan: TapPlan, frame: Frame, wanted: list[StoredSampl
     if len({len(values) for values in layers}) != 1:
         raise _Skip("taps of unlike shapes")
     width = manifest.width if plan.mode == "pooled" else min(plan.rank, manifest.width)
-    shard = cache.open_shard(frame.backbone, plan.layers(manifest.layers), width, layers[-1].shape[1])
-    counts = [1 if frame.mode == "pooled" else sample.tokens for sample in frame.samples]
+    summary_width = manifest.width if plan.has_summary else 0
+    shard = cache.open_shard(frame.backbone, plan.layers(manifest.layers), width, layers[-1].shape[1], summary_width)
+    counts = [1 if frame.mode == "pooled" else sample.tokens + frame.summary_rows for sample in frame.samples]
     ends = np.cumsum(counts)
     vectors = np.concatenate(layers, axis=1)
     tokens = _tokens(frame) if plan.task == "causal-lm" else None
@@ -138,8 +141,8 @@ def _vectors(frame: Frame, plan: TapPlan, manifest: BackboneManifest) -> list[np
     found = []
     for layer in layers:
         tap, width = taps[layer], plan.width_at(layer, manifest.layers, manifest.width)
-        if tap.width != width and (plan.mode == "pooled" or tap.width < width):
-            raise _Skip("other width than the backbone's" if plan.mode == "pooled" else "rank below the plan's")
-        # Rank r is the first r columns of the map, so a larger rank holds the smaller one.
+        if tap.width != width and (plan.mode == "pooled" or tap.width < width or plan.has_summary):
+            raise _Skip("other width than the backbone's" if plan.mode == "pooled" else "other rank than the plan's" if plan.has_summary else "rank below the plan's")
+        # Rank r is the first r columns of the map, so a larger rank holds the smaller one; but a summary is folded to its rank.
         found.append(decode_vectors(tap.data, tap.rows, tap.width, tap.codec, tap.group)[:, :width])
     return found

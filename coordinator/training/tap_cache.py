@@ -59,6 +59,7 @@ class Shard:
     layers_per_block: tuple[int, ...]
     width: int
     last_width: int  # as `width`, but for language models
+    summary_width: int = 0  # of the vector that each sample's first rows are, folded; 0: there is none
     rows: int = 0
 
     @property
@@ -162,13 +163,13 @@ class TapCache:
 
     # Putting in.
 
-    def open_shard(self, fingerprint: str, layers_per_block: Sequence[int], width: int, last_width: int | None = None) -> int:
+    def open_shard(self, fingerprint: str, layers_per_block: Sequence[int], width: int, last_width: int | None = None, summary_width: int = 0) -> int:
         """The number of the shard for this backbone type; made if there is none."""
         known = self.shard_number(fingerprint)
         if known is not None:
             return known
         layers = tuple(sorted(set(layers_per_block)))
-        self.shards.append(Shard(fingerprint, layers, tuple(layers_per_block), width, last_width or width))
+        self.shards.append(Shard(fingerprint, layers, tuple(layers_per_block), width, last_width or width, summary_width))
         return len(self.shards) - 1
 
     def append(self, shard_number: int, entries: Iterable[Entry]) -> np.ndarray:
@@ -264,7 +265,7 @@ class TapCache:
             if description["format"] != FORMAT or description["key"] != self._key:
                 return "was made for another tap plan or run"
             self.shards = [
-                Shard(s["fingerprint"], tuple(s["layers"]), tuple(s["layers_per_block"]), s["width"], s["last_width"], s["rows"])
+                Shard(s["fingerprint"], tuple(s["layers"]), tuple(s["layers_per_block"]), s["width"], s["last_width"], s.get("summary_width", 0), s["rows"])
                 for s in description["shards"]
             ]
             self.devices = [str(device) for device in description["devices"]]

@@ -154,6 +154,8 @@ def open_training(store: Store, settings: CoordinatorSettings, plan: TapPlan, no
             classes=1 if plan.task == "regression" else len(plan.labels),
             mode=plan.mode,
             entry_width=anchors.width if anchors else 0,
+            summary=plan.has_summary,
+            entry_summary_width=anchors.summary_width if anchors else 0,
         )
         learner = make_learner(settings.training, config, plan.task)
     cache = TapCache(settings.data_directory / "tap-cache", {"run": run.name, **run.made_for}, plan.mode, plan.task)
@@ -245,7 +247,11 @@ def take_up(training: Training, until_row_id: int | None = None, counts: dict[in
         shard = training.cache.shards[number]
         if shard.fingerprint not in training.learner.alignments:
             training.learner.add_backbone(
-                shard.fingerprint, shard.width, step=training.step, anchor_map=_anchor_map(training, shard.fingerprint)
+                shard.fingerprint,
+                shard.width,
+                step=training.step,
+                anchor_map=_anchor_map(training, shard.fingerprint),
+                summary_width=shard.summary_width,
             )
             log.info("backbone %s joins at step %d", shard.fingerprint, training.step)
             if isinstance(training.learner, LanguageLearner) and training.step:

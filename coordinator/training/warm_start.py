@@ -6,11 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from coordinator.backbone_library import find_artifact
-from coordinator.training.anchors import AnchorError, export_anchors
+from coordinator.training.anchors import export_anchors
 from coordinator.training.learner import LanguageColumns, Rows
 from coordinator.training.tap_cache import NO_TARGET
-from side_tuning.backbone_manifest import read_manifest
 from side_tuning.network.side_network import pad_tokens
 from side_tuning.wire.codecs import round_trip
 from side_tuning.wire.messages import TapPlan
@@ -25,11 +23,8 @@ def anchor_rows(texts: list[object], data_directory: Path, fingerprint: str, pla
         AnchorError: the backbone's artifact is not at hand, or cannot run the texts.
 
     """
-    tensors, depth = export_anchors(texts[:MOST_ANCHORS], data_directory, fingerprint, plan)
-    artifact = find_artifact(data_directory, fingerprint)
-    if artifact is None:
-        raise AnchorError(f"backbone {fingerprint} has no artifact in {data_directory}")
-    width = min(plan.rank, read_manifest(artifact).width)
+    tensors, manifest = export_anchors(texts[:MOST_ANCHORS], data_directory, fingerprint, plan)
+    depth, width = manifest.layers, min(plan.rank, manifest.width)
     tokens = tensors["tokens"].tolist()
     taps = {
         layer: round_trip(tensors[f"layer.{layer}"], plan.codec_at(layer, depth), plan.group) for layer in plan.taps(depth)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from side_tuning.network.summary import Summarised
+
 LOW_RANK_ABOVE = 1024  # widths above this are projected through a bottleneck
 CLAMP = 10.0  # standard deviations; one stray channel must not carry a whole vector away
 DIAGONAL_AT_START = 0.99  # weight of the own block in the soft layer map
@@ -26,6 +28,7 @@ class AlignmentConfig:
     width_in: int
     side_width: int
     blocks: int
+    summary_width: int = 0  # of the vectors whose folded rows come first; 0: there are none
 
     @property
     def width_out(self) -> int:
@@ -37,17 +40,21 @@ class AlignmentConfig:
         return max(16, self.side_width // 2) if self.width_in > LOW_RANK_ABOVE else None
 
 
-class Alignment(nn.Module):
-    """Activations `(N, B, d)` or `(N, B, T, d)` to side inputs `(N, B, s)` or `(N, B, T, s)`."""
+class Alignment(Summarised):
+    """Activations `(N, B, d)` or `(N, B, T, d)` to side inputs `(N, B, s)` or `(N, B, T, s)`.
+
+    With a summary: `(N, B, k + T, d)`, the first k rows being the folded summary, to `(N, B, 1 + T, s)`.
+    """
 
     mean: Tensor
     variance: Tensor
     rows: Tensor
 
-    def __init__(self, width_in: int, side_width: int, blocks: int) -> None:
+    def __init__(self, width_in: int, side_width: int, blocks: int, summary_width: int = 0) -> None:
         super().__init__()
-        self.config = AlignmentConfig(width_in, side_width, blocks)
-        self.input_dropout = 0.0  # of normalised channels, in training only; against over-fitting the wide projection
+        self.config = AlignmentConfig(width_in, side_width, blocks, summary_width)
+        self.summary = Alignment(summary_width, side_width, blocks) if summary_width else None
+        self.input_dropout = 0.0
         # Statistics start as one imaginary row with mean 0 and variance 1, so a first single row is no division by zero.
         self.register_buffer("mean", torch.zeros(blocks, width_in))
         self.register_buffer("variance", torch.ones(blocks, width_in))
@@ -67,8 +74,16 @@ class Alignment(nn.Module):
                 self.layer_logits.copy_(torch.eye(blocks) * off_diagonal)
         self.reset_projection(torch.Generator().manual_seed(0))
 
+    def drop_inputs(self, share: float) -> None:
+        """In training, zero this share of the normalised channels; against over-fitting the wide projection."""
+        self.input_dropout = share
+        if self.summary is not None:
+            self.summary.drop_inputs(share)
+
     def reset_projection(self, generator: torch.Generator) -> None:
         """Draw the projections anew: unit-variance inputs give unit-variance outputs."""
+        if self.summary is not None:
+            self.summary.reset_projection(generator)
         with torch.no_grad():
             for weight in (self.narrow, self.project):
                 if weight is not None and not weight.is_meta:
@@ -83,6 +98,10 @@ class Alignment(nn.Module):
             mask: padding never counts.
 
         """
+        if self.summary is not None:
+            summaries, x = self.split(x)
+            self.summary.observe(summaries)
+            mask = None if mask is None else self.token_mask(mask)
         rows = x.transpose(0, 1) if mask is None else x.permute(0, 2, 1, 3)[mask].transpose(0, 1)  # (B, n, d)
         n = rows.shape[1]
         if n == 0:
@@ -101,6 +120,12 @@ class Alignment(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Align with the running statistics, in training as on a device: both see the same numbers."""
+        if self.summary is not None:
+            summaries, tokens = self.split(x)
+            return self.joined(self.summary(summaries), self._aligned(tokens))
+        return self._aligned(x)
+
+    def _aligned(self, x: Tensor) -> Tensor:
         blocks, width = self.config.blocks, self.config.width_in
         if x.shape[1] != blocks or x.shape[-1] != width:
             raise ValueError(f"activations of shape {tuple(x.shape)} do not fit {blocks} blocks of width {width}")

@@ -10,7 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from side_tuning.network.summary import Summarised
 
 CLAMP = 10.0  # standard deviations, as in `Alignment`
 
@@ -22,27 +24,47 @@ class AnchorMapConfig:
     width_in: int
     width_out: int
     blocks: int
+    summary_width: int = 0  # as of an `AlignmentConfig`
+    summary_width_out: int = 0
 
 
-class AnchorMap(nn.Module):
-    """Activations `(N, B, d)` or `(N, B, T, d)` to shared inputs `(N, B, r)` or `(N, B, T, r)`; every block feeds every block."""
+class AnchorMap(Summarised):
+    """Activations `(N, B, d)` or `(N, B, T, d)` to shared inputs `(N, B, r)` or `(N, B, T, r)`; every block feeds every block.
+
+    With a summary: `(N, B, k + T, d)` to `(N, B, l + T, r)`, the first l rows being the folded shared vector of the summary.
+    """
 
     mean: Tensor
     spread: Tensor
     matrix: Tensor
 
-    def __init__(self, width_in: int, width_out: int, blocks: int) -> None:
+    def __init__(self, width_in: int, width_out: int, blocks: int, summary_width: int = 0, summary_width_out: int = 0) -> None:
         super().__init__()
-        self.config = AnchorMapConfig(width_in, width_out, blocks)
+        self.config = AnchorMapConfig(width_in, width_out, blocks, summary_width, summary_width_out)
+        self.summary = AnchorMap(summary_width, summary_width_out, blocks) if summary_width else None
         self.register_buffer("mean", torch.zeros(blocks, width_in))
         self.register_buffer("spread", torch.ones(blocks, width_in))
         # Half precision: it is most of what a device fetches, and its error is far below the codec's.
         self.register_buffer("matrix", torch.zeros(blocks * width_in, blocks * width_out, dtype=torch.float16))
 
+    def with_summary(self, summary: AnchorMap) -> AnchorMap:
+        """The same map, with `summary` for the folded rows before the tokens."""
+        config, of_summary = self.config, summary.config
+        both = AnchorMap(config.width_in, config.width_out, config.blocks, of_summary.width_in, of_summary.width_out)
+        own = {**self.state_dict(), **{f"summary.{name}": tensor for name, tensor in summary.state_dict().items()}}
+        both.load_state_dict(own)
+        return both
+
     def observe(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Nothing: the statistics are those of the anchors, for good."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.summary is not None:
+            summaries, tokens = self.split(x)
+            return self.joined(self.summary(summaries), self._mapped(tokens))
+        return self._mapped(x)
+
+    def _mapped(self, x: Tensor) -> Tensor:
         blocks, width_in, width_out = self.config.blocks, self.config.width_in, self.config.width_out
         if x.shape[1] != blocks or x.shape[-1] != width_in:
             raise ValueError(f"activations of shape {tuple(x.shape)} do not fit {blocks} blocks of width {width_in}")

@@ -22,7 +22,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from side_tuning.network.alignment import Alignment, AlignmentConfig
+from side_tuning.network.alignment import Alignment
 from side_tuning.network.anchor_map import AnchorMap
 from side_tuning.network.language import (
     LanguageAlignment,
@@ -83,6 +83,8 @@ def load_ladder(source: Path | bytes) -> SideNetwork:
             expansion=_whole(config, "expansion", 64),
             dropout=dropout,
             entry_width=_whole({"entry_width": 0, **config}, "entry_width", MAX_WIDTH_IN, low=0),
+            summary=_flag(config, "summary"),
+            entry_summary_width=_whole({"entry_summary_width": 0, **config}, "entry_summary_width", MAX_WIDTH_IN, low=0),
         )
     except NetworkFileError:
         raise
@@ -97,14 +99,16 @@ def load_alignment(source: Path | bytes) -> Alignment | AnchorMap:
     """Inverse of `save_alignment`, ready for inference."""
     data, header, config = _open(source, ("alignment", "anchor-map"))
     width_in, blocks = _whole(config, "width_in", MAX_WIDTH_IN), _whole(config, "blocks", MAX_BLOCKS)
+    summary_width = _whole({"summary_width": 0, **config}, "summary_width", MAX_WIDTH_IN, low=0)
     if config["kind"] == "anchor-map":
         width_out = _whole(config, "width_out", MAX_SIDE_WIDTH)
+        summary_width_out = _whole({"summary_width_out": 0, **config}, "summary_width_out", MAX_SIDE_WIDTH, low=min(summary_width, 1))
         with torch.device("meta"):
-            anchor_map = AnchorMap(width_in, width_out, blocks)
+            anchor_map = AnchorMap(width_in, width_out, blocks, summary_width, summary_width_out)
         return _fill(anchor_map, data, header, config)
-    wanted = AlignmentConfig(width_in, _whole(config, "side_width", MAX_SIDE_WIDTH), blocks)
+    side_width = _whole(config, "side_width", MAX_SIDE_WIDTH)
     with torch.device("meta"):
-        alignment = Alignment(wanted.width_in, wanted.side_width, wanted.blocks)
+        alignment = Alignment(width_in, side_width, blocks, summary_width)
     return _fill(alignment, data, header, config)
 
 
@@ -196,6 +200,13 @@ def _whole(config: dict[str, Any], name: str, high: int, *, low: int = 1) -> int
     return value
 
 
+def _flag(config: dict[str, Any], name: str) -> bool:
+    value = config.get(name, False)
+    if not isinstance(value, bool):
+        raise NetworkFileError(f"{config['kind']}: {name} is {value!r:.80}, not true or false")
+    return value
+
+
 def _dropout(config: dict[str, Any]) -> float:
     dropout = config.get("dropout")
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
@@ -262,7 +273,7 @@ def _fill(network: Network, data: bytes, header: dict[str, Any], config: dict[st
     for name, tensor in tensors.items():
         if name.endswith("variance") and (tensor < 0).any():
             raise NetworkFileError(f"{kind}: a variance is negative")
-        if name == "spread" and not (tensor > 0).all():
+        if name.endswith("spread") and not (tensor > 0).all():
             raise NetworkFileError(f"{kind}: a spread is not above zero")
     network.load_state_dict(tensors, assign=True)
     return network.eval()

@@ -56,6 +56,10 @@ class LanguageAlignmentConfig:
     def width_out(self) -> int:
         return self.side_width
 
+    @property
+    def summary_width(self) -> int:
+        return 0  # every token is a sample of its own
+
 
 class CausalBlock(nn.Module):
     """Pre-norm causal self-attention, then a pre-norm MLP.

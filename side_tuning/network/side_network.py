@@ -3,7 +3,8 @@
     z_0 = 0;  z_b = Block_b(g_b * z_{b-1} + (1 - g_b) * x_b),  g_b = sigmoid(a_b / T),  T = 0.1, a_b = 0 at the start
     logits = Head(Norm(pool(z_B)))
 
-Block_b is a pre-norm residual block: an MLP for `pooled` taps, a small transformer layer for `sequence` taps. It knows
+Block_b is a pre-norm residual block: an MLP for `pooled` taps, a small transformer layer for `sequence` taps. Where samples
+have a summary (`side_tuning.network.summary`), pool takes its row; else the mean over tokens. The ladder knows
 tapped widths and block numbers, never the backbone. Where the inputs come through anchor maps, its `entry`, one alignment
 that all backbone types share, takes them to the side width.
 """
@@ -36,14 +37,25 @@ class SideNetworkConfig:
     expansion: int = 2  # hidden width of the MLPs, in side widths
     dropout: float = 0.1
     entry_width: int = 0  # of inputs that come through anchor maps; 0: they come aligned, in the side width
+    summary: bool = False  # `sequence` mode: samples have a summary, and the head reads what becomes of it alone
+    entry_summary_width: int = 0  # of summaries that come through anchor maps, folded to `entry_width`
 
     @property
     def width_in(self) -> int:
         return self.entry_width or self.side_width
 
+    @property
+    def summary_width(self) -> int:
+        """Of a summary as it comes in; 0 without one."""
+        return (self.entry_summary_width or self.side_width) if self.summary else 0
+
     def __post_init__(self) -> None:
         if self.mode == "sequence" and self.side_width % self.heads:
             raise ValueError(f"side width {self.side_width} is no multiple of {self.heads} heads; choose another side width")
+        if self.summary and self.mode != "sequence":
+            raise ValueError(f"a summary in {self.mode} mode; only samples in sequence mode have one")
+        if (self.entry_summary_width > 0) != (self.summary and self.entry_width > 0):
+            raise ValueError(f"an entry_summary_width of {self.entry_summary_width} with an entry_width of {self.entry_width} and summary {self.summary}")
 
 
 class MlpBlock(nn.Module):
@@ -93,7 +105,9 @@ class SideNetwork(nn.Module):
     def __init__(self, config: SideNetworkConfig) -> None:
         super().__init__()
         self.config = config
-        self.entry = Alignment(config.entry_width, config.side_width, config.blocks) if config.entry_width else None
+        self.entry = None
+        if config.entry_width:
+            self.entry = Alignment(config.entry_width, config.side_width, config.blocks, config.entry_summary_width)
         self.gate_logits = nn.Parameter(torch.zeros(config.blocks))
         block = MlpBlock if config.mode == "pooled" else TransformerBlock
         self.blocks = nn.ModuleList(block(config) for _ in range(config.blocks))
@@ -106,7 +120,7 @@ class SideNetwork(nn.Module):
         if (x.shape[1], x.shape[-1]) != wanted or x.dim() != (3 if self.config.mode == "pooled" else 4):
             raise ValueError(f"side inputs of shape {tuple(x.shape)} do not fit {wanted[0]} blocks of width {wanted[1]}")
         if self.entry is not None:
-            x = self.entry(x)
+            x, mask = self.entry(x), self.entry.ladder_mask(mask)
         z = torch.zeros_like(x[:, 0])
         gates = torch.sigmoid(self.gate_logits / GATE_TEMPERATURE)
         for b, block in enumerate(self.blocks):
@@ -116,6 +130,8 @@ class SideNetwork(nn.Module):
     def _pool(self, z: Tensor, mask: Tensor | None) -> Tensor:
         if self.config.mode == "pooled":
             return z
+        if self.config.summary:
+            return z[:, 0]
         if mask is None:
             return z.mean(1)
         real = mask.unsqueeze(-1).to(z.dtype)
@@ -150,6 +166,6 @@ def predict_logits(alignment: Alignment | AnchorMap, ladder: SideNetwork, inputs
     with torch.inference_mode():
         x = torch.from_numpy(np.ascontiguousarray(inputs, np.float32)).to(at)
         real = None if mask is None else torch.from_numpy(mask).to(at)
-        logits = ladder(alignment(x), real).cpu().numpy()
+        logits = ladder(alignment(x), alignment.ladder_mask(real)).cpu().numpy()
     ladder.train(was_training)
     return logits

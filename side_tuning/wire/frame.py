@@ -53,7 +53,7 @@ class SampleInfo(NamedTuple):
     id: str
     label: int | None
     split: Split
-    tokens: int  # `sequence` mode: rows of this sample in every tap; `pooled` mode: real tokens, for information
+    tokens: int  # `sequence` mode: rows of this sample in every tap, its summary's not counted; `pooled` mode: real tokens, for information
     target: float | None = None  # `regression`
     supervised_from: int = 0  # `causal-lm`: the first of its rows whose next token the loss sits on; all after it are too
 
@@ -63,7 +63,7 @@ class Tap:
     """The vectors of one layer (1-based), all samples below each other."""
 
     layer: int
-    rows: int  # `pooled` mode: one per sample; `sequence` mode: one per real token
+    rows: int  # `pooled` mode: one per sample; `sequence` mode: one per real token, and each sample's summary before its tokens
     width: int
     codec: CodecName
     group: int
@@ -87,6 +87,7 @@ class Frame:
     samples: tuple[SampleInfo, ...]
     taps: tuple[Tap, ...]
     token_ids: TokenIds | None = None  # `causal-lm`: what stood at each row, and the token after the last
+    summary_rows: int = 0  # `sequence` mode: rows that the summary of each sample takes
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,8 @@ def encode_frame(frame: Frame) -> bytes:
     }
     if frame.token_ids:
         header["token_bytes"] = frame.token_ids.bytes_each
+    if frame.summary_rows:
+        header["summary_rows"] = int(frame.summary_rows)
     fields = Fields(header, "frame")
     _read_frame(fields, _read_tap_headers(fields), raw)  # a device must not spool what the coordinator would refuse
     return seal(header, body)
@@ -361,7 +364,10 @@ def _read_frame(fields: Fields, headers: Sequence[_TapHeader], raw: bytes) -> Fr
     mode: Mode = fields.choice("mode", _MODES)
     if mode == "sequence" and (empty := [sample.id for sample in samples if sample.tokens == 0]):
         raise FrameError(f"frame: sample {empty[0]} has no tokens in sequence mode")
-    rows = len(samples) if mode == "pooled" else sum(sample.tokens for sample in samples)
+    summary_rows = fields.integer("summary_rows", 0, MAX_WIDTH, 0)
+    if summary_rows and mode != "sequence":
+        raise FrameError(f"frame: {summary_rows} rows of a summary in {mode} mode")
+    rows = len(samples) if mode == "pooled" else sum(sample.tokens + summary_rows for sample in samples)
     taps = []
     end, last_layer = 0, 0
     for tap in headers:
@@ -405,6 +411,7 @@ def _read_frame(fields: Fields, headers: Sequence[_TapHeader], raw: bytes) -> Fr
         samples=samples,
         taps=tuple(taps),
         token_ids=token_ids,
+        summary_rows=summary_rows,
     )
 
 

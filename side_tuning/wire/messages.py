@@ -149,6 +149,8 @@ class TapPlan:
     last_rank: int = 0
     last_codec: CodecName = "int4"
     context_every: int = 1  # of the prompt's tokens every k-th is kept, 0 none; those that the loss sits on always are
+    # `sequence` mode but for `causal-lm`: the pooled vector in full width, folded into rows, goes before each sample's tokens.
+    summary: bool = False
 
     def layers(self, depth: int) -> tuple[int, ...]:
         """The layer (1-based) that stands for each block in a backbone of `depth` layers: ceil(depth * b / blocks)."""
@@ -163,6 +165,14 @@ class TapPlan:
         if self.mode == "pooled":
             return width
         return min(width, max(self.rank, self.last_rank) if self.is_last(layer, depth) else self.rank)
+
+    @property
+    def has_summary(self) -> bool:
+        return self.summary and self.mode == "sequence" and self.task != "causal-lm"
+
+    def summary_rows(self, width: int) -> int:
+        """Rows that a summary of `width` values takes in every tap of a sample; 0 without one."""
+        return -(-width // min(self.rank, width)) if self.has_summary else 0
 
     def codec_at(self, layer: int, depth: int) -> CodecName:
         return self.last_codec if self.is_last(layer, depth) else self.codec
@@ -209,6 +219,7 @@ class TapPlan:
             last_rank=last_rank,
             last_codec=fields.choice("last_codec", get_args(CodecName), "int4"),
             context_every=fields.integer("context_every", 0, 8192, 1),
+            summary=fields.flag("summary", False),
         )
 
 

@@ -9,8 +9,10 @@ import pytest
 
 from edge_agent.backbone import Backbone
 from edge_agent.forward import tap_samples
+from edge_agent.open_frame import OpenFrame
 from edge_agent.samples import Sample
 from edge_agent.taps import compute_taps
+from side_tuning.wire.frame import decode_frame
 from tests.edge_agent.artifacts import plan
 
 
@@ -23,10 +25,10 @@ def sample(number, text="turn the lamp on", label="light"):
     return Sample(f"{number:08x}", text, label, "train")
 
 
-@pytest.mark.parametrize("mode", ["pooled", "sequence"])
-def test_each_sample_gets_its_own_rows(backbone, mode):
+@pytest.mark.parametrize("kind", [{}, {"mode": "sequence"}, {"mode": "sequence", "summary": True}])
+def test_each_sample_gets_its_own_rows(backbone, kind):
     texts = ["lights", "play some jazz in the kitchen please", "will it rain tomorrow"]
-    used = plan(mode=mode)
+    used = plan(**kind)
     tapped = tap_samples(backbone, [sample(n, text) for n, text in enumerate(texts)], used, print)
     assert [t.info.id for t in tapped] == ["00000000", "00000001", "00000002"]
     for text, found in zip(texts, tapped, strict=True):
@@ -35,6 +37,34 @@ def test_each_sample_gets_its_own_rows(backbone, mode):
         for layer, rows in found.rows.items():
             assert rows.shape == alone.values[layer].shape
             assert np.linalg.norm(rows - alone.values[layer]) < 0.05 * np.linalg.norm(rows)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_a_summary_is_the_pooled_vector_folded_before_the_tokens(backbone, pooling):
+    texts = ["lights", "play some jazz in the kitchen please"]
+    used = plan(mode="sequence", rank=7, summary=True, pooling=pooling, codec="fp16")
+    whole = compute_taps(backbone, texts, used)
+    tokens = compute_taps(backbone, texts, replace(used, summary=False))
+    pooled = compute_taps(backbone, texts, replace(used, mode="pooled"))
+    k = whole.summary_rows
+    assert k == used.summary_rows(384) == 55  # of seven values each, and one of them filled up
+    assert whole.tokens == tokens.tokens
+    for layer, rows in whole.values.items():
+        at = seen = 0
+        for number, count in enumerate(whole.tokens):
+            folded = rows[at : at + k].ravel()
+            assert np.array_equal(folded[:384], pooled.values[layer][number])
+            assert not folded[384:].any()
+            assert np.array_equal(rows[at + k : at + k + count], tokens.values[layer][seen : seen + count])
+            at, seen = at + k + count, seen + count
+        assert at == len(rows)
+    frame = OpenFrame(used, 1e9, 0.0)
+    for one in tap_samples(backbone, [sample(n, text) for n, text in enumerate(texts)], used, print):
+        frame.add(one)
+    (payload,) = frame.payloads(("kitchen", "5b00" * 4, 1), 2, backbone.manifest.fingerprint, 1 << 20)
+    sent = decode_frame(payload)
+    assert sent.summary_rows == k
+    assert [one.tokens for one in sent.samples] == whole.tokens
 
 
 def test_unknown_labels_and_empty_texts_are_refused_one_by_one(backbone):

@@ -47,8 +47,9 @@ def test_the_pooled_prediction_is_the_side_network_on_the_codecs_values(minilm, 
         assert prediction.probability == pytest.approx(row.max(), abs=2e-2)
 
 
-def test_a_sequence_prediction_does_not_depend_on_batch_mates(minilm, signing_key, tmp_path):
-    install(Checkpoint(minilm, signing_key, 1, mode="sequence", codec="int8"), tmp_path)
+@pytest.mark.parametrize("summary", [False, True])
+def test_a_sequence_prediction_does_not_depend_on_batch_mates(minilm, signing_key, tmp_path, summary):
+    install(Checkpoint(minilm, signing_key, 1, mode="sequence", codec="int8", summary=summary), tmp_path)
     alone = open_predictor(minilm, tmp_path, batch_size=1).predict(TEXTS)
     together = open_predictor(minilm, tmp_path, batch_size=5).predict(TEXTS)
     assert [p.label for p in alone] == [p.label for p in together]

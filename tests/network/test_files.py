@@ -47,10 +47,10 @@ def test_ladder_comes_back_bit_for_bit(tmp_path: Path, mode: str) -> None:
         assert not loaded.training
 
 
-@pytest.mark.parametrize("width", [6, 2048])
-def test_alignment_comes_back_bit_for_bit(width: int) -> None:
-    alignment = Alignment(width, 8, 2)
-    alignment.observe(torch.randn(5, 2, width))
+@pytest.mark.parametrize(("width", "summary_width"), [(6, 0), (2048, 0), (6, 15)])
+def test_alignment_comes_back_bit_for_bit(width: int, summary_width: int) -> None:
+    alignment = Alignment(width, 8, 2, summary_width)
+    alignment.observe(torch.randn(5, 2, 4, width), torch.ones(5, 4, dtype=torch.bool))
     loaded = load_alignment(save_alignment(alignment))
     assert loaded.config == alignment.config
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in alignment.state_dict().items())
@@ -72,6 +72,8 @@ def test_alignment_comes_back_bit_for_bit(width: int) -> None:
         (ladder_file(mode="other"), "mode"),
         (ladder_file(dropout=2.0), "dropout"),
         (ladder_file(mode="sequence", heads=3), "heads"),
+        (ladder_file(summary=True), "summary"),
+        (ladder_file(summary=1), "summary is 1"),
         (ladder_file(kind="alignment"), "kind"),
         (save(dict(SideNetwork(SideNetworkConfig(8, 2, 3, "pooled")).state_dict())), "configuration"),
         (b"", "0 bytes"),

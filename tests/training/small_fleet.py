@@ -85,6 +85,9 @@ def frame(
         width = WIDTHS[fingerprint] if tap_plan.mode == "pooled" else tap_plan.rank
         view = np.random.default_rng([int(fingerprint[:2], 16), layer]).normal(size=(MEANING, width))
         values = np.repeat(meaning @ view, repeats, axis=0).astype(np.float32)
+        if tap_plan.has_summary:
+            whole = np.random.default_rng([int(fingerprint[:2], 16), layer, 1]).normal(size=(MEANING, WIDTHS[fingerprint]))
+            values = with_summaries((meaning @ whole).astype(np.float32), values, tokens)
         data = encode_vectors(values, tap_plan.codec, tap_plan.group)
         map_hash = "cd" * 16 if tap_plan.mode == "sequence" else None
         taps.append(Tap(layer, len(values), width, tap_plan.codec, tap_plan.group, map_hash, data))
@@ -93,8 +96,21 @@ def frame(
     return Frame(
         device=device, spool="5b00" * 4, sequence=sequence, captured_at=AT.timestamp(), backbone=fingerprint,
         plan_version=tap_plan.version, mode=tap_plan.mode, pooling=tap_plan.pooling, produced=len(labels) * sequence,
-        samples=samples, taps=tuple(taps),
+        samples=samples, taps=tuple(taps), summary_rows=tap_plan.summary_rows(WIDTHS[fingerprint]),
     )  # fmt: skip
+
+
+def with_summaries(summaries: np.ndarray, rows: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
+    """By hand: the folded summary of each sample, filled up with zeros, then its token rows."""
+    rank, found, at = rows.shape[1], [], 0
+    for summary, count in zip(summaries, tokens, strict=True):
+        for start in range(0, len(summary), rank):
+            line = np.zeros(rank, np.float32)
+            line[: len(summary[start : start + rank])] = summary[start : start + rank]
+            found.append(line)
+        found += list(rows[at : at + count])
+        at += count
+    return np.stack(found)
 
 
 def arrive(store: Store, frames: Sequence[Frame]) -> None:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ from coordinator.training.reference import Activations, AnchorMaps, train_centra
 from coordinator.training.settings import TrainingSettings
 from coordinator.training.trainer import open_training
 from side_tuning.backbone_manifest import read_manifest
-from side_tuning.wire.messages import TapPlan
+from side_tuning.wire.messages import Mode, TapPlan
 from tests.training.small_fleet import plan, prepare, settings
 
 torch.set_num_threads(1)
@@ -186,11 +187,11 @@ def opened(artifacts: dict[str, Path], tmp_path: Path) -> Callable[..., Anchors 
     return lambda file, tap_plan=REAL_PLAN: Anchors.open(file, tmp_path / "data", tap_plan, tmp_path / "run", width=32, depths=depths)
 
 
-@pytest.mark.parametrize("mode", ["pooled", "sequence"])
+@pytest.mark.parametrize(("mode", "summary"), [("pooled", False), ("sequence", False), ("sequence", True)])
 def test_space_and_maps_are_computed_once(
-    artifacts: dict[str, Path], opened: Callable[..., Anchors | None], tmp_path: Path, mode: str
+    artifacts: dict[str, Path], opened: Callable[..., Anchors | None], tmp_path: Path, mode: Mode, summary: bool
 ) -> None:
-    tap_plan = TapPlan(version=1, labels=("a", "b"), blocks=2, codec="int8", mode=mode, max_tokens=40, rank=8)  # type: ignore[arg-type]
+    tap_plan = TapPlan(version=1, labels=("a", "b"), blocks=2, codec="int8", mode=mode, max_tokens=40, rank=8, summary=summary)
     file = texts_file(tmp_path, TEXTS)
     first = opened(file, tap_plan)
     assert first is not None
@@ -204,7 +205,24 @@ def test_space_and_maps_are_computed_once(
         assert anchor_map is not None
         assert again is not None
         assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in anchor_map.state_dict().items())
+        assert (anchor_map.config.summary_width, anchor_map.config.summary_width_out) == ((384, 32) if summary else (0, 0))
     assert second.fit("ee" * 16) is None
+
+
+def test_the_summaries_of_anchors_are_their_pooled_taps_and_the_rest_their_tokens(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    for folder in artifacts.values():
+        keep_artifact(tmp_path / "data", folder)
+    plain = TapPlan(version=1, labels=("a", "b"), blocks=2, codec="fp16", mode="sequence", max_tokens=40, rank=20)
+    texts: list[object] = list(TEXTS[:60])
+    for fingerprint in artifacts:
+        with_summary, tokens, pooled = (
+            compute_anchor_taps(texts, tmp_path / "data", fingerprint, tap_plan)
+            for tap_plan in (replace(plain, summary=True), plain, replace(plain, mode="pooled"))
+        )
+        assert with_summary.summaries is not None
+        assert with_summary.tokens == tokens.tokens
+        assert np.array_equal(with_summary.rows, tokens.rows)
+        assert np.array_equal(with_summary.summaries, pooled.rows)
 
 
 def test_a_damaged_artifact_is_passed_over(

@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 
 import numpy as np
+import pytest
 import torch
 from torch.nn import functional as F
 
 from coordinator.training.learner import Learner, Rows, side_network_config
 from coordinator.training.settings import TrainingSettings
+from side_tuning.network.anchor_map import AnchorMap
 
 SETTINGS = TrainingSettings(side_width=16, dropout=0.2, warmup_steps=3, ema_decay=0.9)
 
 
 def make(settings: TrainingSettings = SETTINGS, mode: str = "pooled") -> Learner:
-    return Learner(settings, side_network_config(settings, blocks=2, classes=3, mode=mode))
+    return Learner(settings, side_network_config(settings, blocks=2, classes=3, mode=mode.removesuffix("+summary"), summary=mode.endswith("summary")))
 
 
 def rows(fingerprint: str, width: int, n: int, seed: int, tokens: int | None = None) -> Rows:
@@ -111,13 +113,31 @@ def test_alignments_start_alike_for_the_same_backbone_and_unlike_for_others() ->
     assert not torch.equal(first.alignments["aa"].project, first.alignments["bb"].project)
 
 
-def test_sequences_of_unlike_length_mix_in_one_batch() -> None:
+@pytest.mark.parametrize("mode", ["sequence", "sequence+summary"])
+def test_sequences_of_unlike_length_mix_in_one_batch(mode: str) -> None:
     """Padding one group to the other's length must not change the loss."""
     settings = SETTINGS.model_copy(update={"dropout": 0.0, "input_dropout": 0.0})
     short, long = rows("aa", 5, 4, 0, tokens=3), rows("bb", 7, 4, 1, tokens=9)
-    mixed = make(settings, "sequence")
-    mixed.add_backbone("aa", 5, step=0)
-    mixed.add_backbone("bb", 7, step=0)
+    mixed = make(settings, mode)
+    summary_widths = {"aa": 5, "bb": 6} if "summary" in mode else {"aa": 0, "bb": 0}  # a row each
+    mixed.add_backbone("aa", 5, step=0, summary_width=summary_widths["aa"])
+    mixed.add_backbone("bb", 7, step=0, summary_width=summary_widths["bb"])
     apart = copy.deepcopy(mixed), copy.deepcopy(mixed)
     together = mixed.step([short, long], 0)
     assert np.isclose(together, (apart[0].step([short], 0) + apart[1].step([long], 0)) / 2, atol=1e-5)
+
+
+def test_what_goes_out_in_int4_has_anchor_maps_in_int8() -> None:
+    """A map is fetched once and never trained, so its rounding would stay."""
+    learner = Learner(SETTINGS, side_network_config(SETTINGS, blocks=2, classes=3, mode="pooled", entry_width=16))
+    anchor_map = AnchorMap(40, 16, 2)
+    anchor_map.matrix.copy_(torch.randn(anchor_map.matrix.shape))
+    learner.add_backbone("aa", 40, step=0, anchor_map=anchor_map)
+    learner.add_backbone("bb", 40, step=0)
+    published = learner.published()
+    assert SETTINGS.checkpoint_precision == "int4"
+    sent = published.alignments["aa"].matrix.float()
+    lost = (sent - anchor_map.matrix.float()).norm() / anchor_map.matrix.float().norm()
+    assert 0.001 < lost < 0.01
+    exact = learner.average_alignments["bb"].project
+    assert (published.alignments["bb"].project - exact).norm() / exact.norm() > 0.05

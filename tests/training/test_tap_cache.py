@@ -32,7 +32,7 @@ def fill(store: Store, folder: Path, tap_plan: TapPlan | None = None, limit: int
 
 def decoded(sent: Frame, position: int, tap_plan: TapPlan) -> np.ndarray:
     """(B, d) or (T, B, d) of one sample, straight from its frame."""
-    counts = [s.tokens if tap_plan.mode == "sequence" else 1 for s in sent.samples]
+    counts = [s.tokens + sent.summary_rows if tap_plan.mode == "sequence" else 1 for s in sent.samples]
     start = sum(counts[:position])
     taps = {t.layer: decode_vectors(t.data, t.rows, t.width, t.codec, t.group)[start : start + counts[position]] for t in sent.taps}
     stacked = block_inputs(taps, tap_plan.layers(DEPTHS[sent.backbone]))
@@ -58,8 +58,9 @@ def test_pooled_samples_come_back_as_sent(store: Store, tmp_path: Path, blocks: 
         assert bool(record["held_out"]) == (f.samples[position].split == "held-out")
 
 
-def test_sequences_come_back_padded_with_their_mask(store: Store, tmp_path: Path) -> None:
-    tap_plan = plan(mode="sequence", rank=6)
+@pytest.mark.parametrize("summary", [False, True])
+def test_sequences_come_back_padded_with_their_mask(store: Store, tmp_path: Path, summary: bool) -> None:
+    tap_plan = plan(mode="sequence", rank=8, summary=summary)  # summaries of 12 and 20 values take two and three rows
     prepare(store, tap_plan)
     frames = mixed_fleet(80, tap_plan)
     arrive(store, frames)
@@ -89,6 +90,21 @@ def test_a_smaller_rank_is_cut_from_a_larger_one(store: Store, tmp_path: Path) -
     cache = fill(store, tmp_path / "other", plan(mode="sequence", rank=7))
     assert not len(cache)
     assert cache.skipped == {"rank below the plan's": 2}
+
+
+def test_a_summary_serves_its_own_plans_alone(store: Store, tmp_path: Path) -> None:
+    tap_plan = plan(mode="sequence", rank=6, summary=True)
+    prepare(store, tap_plan)
+    arrive(store, [frame("attic", 1, [0, 1], tap_plan=tap_plan), frame("barn", 1, [0, 1], fingerprint=DEEP, tap_plan=tap_plan)])
+    cache = fill(store, tmp_path / "cache", tap_plan)
+    assert [(shard.width, shard.summary_width) for shard in cache.shards] == [(6, 12), (6, 20)]
+    again = TapCache(tmp_path / "cache", KEY, "sequence")
+    assert [shard.summary_width for shard in again.shards] == [12, 20]
+    for number, (changes, reason) in enumerate(
+        [({"rank": 4}, "other rank than the plan's"), ({"summary": False}, "with a summary"), ({"mode": "pooled"}, "other mode or pooling")]
+    ):
+        other = fill(store, tmp_path / f"other-{number}", plan(**{"mode": "sequence", "rank": 6, "summary": True, **changes}))
+        assert other.skipped == {reason: 4}
 
 
 def test_samples_of_no_use_are_skipped_and_counted(store: Store, tmp_path: Path) -> None:

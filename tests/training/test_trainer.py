@@ -51,8 +51,8 @@ from tests.training.small_fleet import DEEP, SHALLOW, arrive, frame, mixed_fleet
 from tests.waiting import wait_until
 
 
-def opened(store: Store, chosen: CoordinatorSettings) -> Training:
-    training = open_training(store, chosen, plan())
+def opened(store: Store, chosen: CoordinatorSettings, tap_plan: TapPlan | None = None) -> Training:
+    training = open_training(store, chosen, tap_plan or plan())
     take_in(store, training.cache, training.plan)
     take_up(training)
     return training
@@ -131,35 +131,51 @@ def test_another_task_begins_a_new_run_and_one_from_before_there_were_others_goe
     assert run(plan(codec="int4")) == runs[-1]
 
 
-@pytest.mark.parametrize("anchored", [{SHALLOW, DEEP}, {SHALLOW}, {DEEP}], ids=["both", "not the late one", "only the late one"])
-def test_anchors_change_nothing_about_resuming(store: Store, tmp_path: Path, anchored: set[str]) -> None:
+SUMMARISED = {"mode": "sequence", "rank": 8, "summary": True}
+
+
+@pytest.mark.parametrize(
+    ("anchored", "kind"),
+    [({SHALLOW, DEEP}, {}), ({SHALLOW}, {}), ({DEEP}, {}), ({SHALLOW, DEEP}, SUMMARISED), ({SHALLOW}, SUMMARISED)],
+    ids=["both", "not the late one", "only the late one", "both, summaries", "not the late one, summaries"],
+)
+def test_anchors_change_nothing_about_resuming(store: Store, tmp_path: Path, anchored: set[str], kind: dict[str, Any]) -> None:
     """A backbone without a map falls back to a trained alignment; one joins late, after the checkpoint."""
     file = tmp_path / "anchors.txt"
     file.write_text("".join(f"text {n}\n" for n in range(60)))
     chosen = settings(tmp_path, replay_ratio=1000, anchors_file=file)
-    prepare(store)
-    arrive(store, [f for f in mixed_fleet() if f.backbone == SHALLOW])
+    tap_plan = plan(**kind)
+    prepare(store, tap_plan)
+    arrive(store, [f for f in mixed_fleet(tap_plan=tap_plan) if f.backbone == SHALLOW])
     # The maps as an earlier start would have kept them; the small fleet's backbones have no artifacts.
-    run = begin_or_continue(store, chosen.data_directory, plan(), chosen.training, small_fleet.AT)
+    run = begin_or_continue(store, chosen.data_directory, tap_plan, chosen.training, small_fleet.AT)
     folder = chosen.checkpoints_directory / run.name
     folder.mkdir(parents=True)
     target = np.random.default_rng(0).normal(size=(60, 2, 8)).astype(np.float32)
-    (folder / "anchor-target.safetensors").write_bytes(save_arrays({"rows": target, "tokens": np.ones(60, np.int64)}))
+    kept = {"rows": target, "tokens": np.ones(60, np.int64)}
+    of_summaries = np.random.default_rng(2).normal(size=(60, 2, 11)).astype(np.float32)
+    if kind:
+        kept["summaries"] = of_summaries
+    (folder / "anchor-target.safetensors").write_bytes(save_arrays(kept))
     for fingerprint in anchored:
-        taps = np.random.default_rng(1).normal(size=(60, 2, small_fleet.WIDTHS[fingerprint])).astype(np.float32)
-        save_alignment(fit_anchor_map(taps, target), folder / f"anchor-map-{fingerprint}.safetensors")
-    straight = opened(store, chosen)
+        width = small_fleet.WIDTHS[fingerprint]
+        taps = np.random.default_rng(1).normal(size=(60, 2, width)).astype(np.float32)
+        anchor_map = fit_anchor_map(taps, target)
+        if kind:
+            anchor_map = fit_anchor_map(taps[..., :8], target).with_summary(fit_anchor_map(taps, of_summaries))
+        save_alignment(anchor_map, folder / f"anchor-map-{fingerprint}.safetensors")
+    straight = opened(store, chosen, tap_plan)
     assert straight.run == run
     for step in range(200):
         if step == 100:
             save(straight, chosen)
         if step == 150:
-            arrive(store, [f for f in mixed_fleet() if f.backbone == DEEP])
+            arrive(store, [f for f in mixed_fleet(tap_plan=tap_plan) if f.backbone == DEEP])
             take_in(store, straight.cache, straight.plan)
             take_up(straight)
         take_step(straight, chosen)
     straight.cache.close()
-    resumed = open_training(store, chosen, plan())
+    resumed = open_training(store, chosen, tap_plan)
     assert resumed.step == 100
     for step in range(100, 200):
         if step == 150:
@@ -221,10 +237,10 @@ def test_batches_are_grouped_by_backbone(store: Store, tmp_path: Path) -> None:
     assert not training.cache.records["held_out"][training.numbers.values].any()
 
 
-@pytest.mark.parametrize("mode", ["pooled", "sequence"])
-def test_the_loop_learns_evaluates_and_offers_what_devices_can_use(store: Store, tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize("kind", [{}, {"mode": "sequence", "rank": 6}, {"mode": "sequence", "rank": 8, "summary": True}])
+def test_the_loop_learns_evaluates_and_offers_what_devices_can_use(store: Store, tmp_path: Path, kind: dict[str, Any]) -> None:
     chosen = settings(tmp_path)
-    tap_plan = plan(mode=mode, rank=6)
+    tap_plan = plan(**kind)
     prepare(store, tap_plan)
     frames = mixed_fleet(tap_plan=tap_plan)
     arrive(store, frames)

@@ -72,6 +72,11 @@ def sequence_frame() -> Frame:
     )
 
 
+def summary_frame() -> Frame:
+    """The same two samples, each with a summary of two rows before its tokens."""
+    return replace(sequence_frame(), summary_rows=2, taps=(tap(3, wave(9, 8), "int4", 0, "ef" * 16),))
+
+
 def language_frame() -> Frame:
     """A text of three tokens and one of four whose first two rows are a prompt; the last layer's tap is wider and finer."""
     return replace(

@@ -37,6 +37,7 @@ from tests.wire.examples import (
     put_together,
     regression_frame,
     sequence_frame,
+    summary_frame,
     take_apart,
     tap,
     wave,
@@ -47,6 +48,7 @@ GOLDEN_FILES: list[tuple[str, Callable[[], Frame | Part]]] = [
     ("sequence-v1.bin", sequence_frame),
     ("language-v1.bin", language_frame),
     ("regression-v1.bin", regression_frame),
+    ("summary-v1.bin", summary_frame),
     ("part-v1.bin", part),
 ]
 
@@ -57,7 +59,7 @@ def test_golden_files_still_decode(name: str, make: Callable[[], Frame | Part]) 
     assert decode((GOLDEN / name).read_bytes()) == make()
 
 
-@pytest.mark.parametrize(("name", "make"), GOLDEN_FILES[:4])
+@pytest.mark.parametrize(("name", "make"), GOLDEN_FILES[:5])
 def test_the_encoder_still_writes_what_the_golden_files_hold(name: str, make: Callable[[], Frame]) -> None:
     """Field by field: only lz4 itself may come out differently, with another version of its library."""
     golden_header, golden_body = take_apart((GOLDEN / name).read_bytes())
@@ -149,7 +151,8 @@ def frames(draw: st.DrawFn) -> Frame:
         )
         for sample_id in ids
     )
-    rows = len(samples) if mode == "pooled" else sum(sample.tokens for sample in samples)
+    summary_rows = draw(st.integers(0, 3)) if mode == "sequence" else 0
+    rows = len(samples) if mode == "pooled" else sum(sample.tokens + summary_rows for sample in samples)
     taps = []
     for layer in sorted(draw(st.sets(st.integers(1, 1024), min_size=1, max_size=4))):
         width, group = draw(st.integers(1, 40)), draw(st.integers(0, 128))
@@ -169,6 +172,7 @@ def frames(draw: st.DrawFn) -> Frame:
         produced=draw(st.integers(len(samples), 2**53)),
         samples=samples,
         taps=tuple(taps),
+        summary_rows=summary_rows,
     )
 
 
@@ -389,6 +393,22 @@ def test_a_lie_about_the_samples_is_refused(changes: dict[str, Any], message: st
 def test_tokens_must_add_up_to_the_rows_in_sequence_mode(tokens: list[int]) -> None:
     with pytest.raises(FrameError, match=r"samples make|no tokens"):
         decode(changed_samples(encode_frame(sequence_frame()), tokens=tokens))
+
+
+@pytest.mark.parametrize(
+    ("frame", "summary_rows", "message"),
+    [
+        (pooled_frame, 1, "1 rows of a summary in pooled mode"),
+        (sequence_frame, 1, "has 5 vectors, its 2 samples make 7"),
+        (summary_frame, 0, "has 9 vectors, its 2 samples make 5"),
+        (summary_frame, -1, "summary_rows is -1"),
+        (summary_frame, 1 << 40, "summary_rows is"),
+        (summary_frame, True, "summary_rows is True"),
+    ],
+)
+def test_a_lie_about_the_summary_is_refused(frame: Callable[[], Frame], summary_rows: object, message: str) -> None:
+    with pytest.raises(FrameError, match=message):
+        decode(changed(encode_frame(frame()), summary_rows=summary_rows))
 
 
 @pytest.mark.parametrize(("place", "word"), [(0, 0x7C00), (0, 0xFE00), (72, 0x7FC0), (84, 0x7F80), (84, 0xBF80), (132, 0xFFC0)])
