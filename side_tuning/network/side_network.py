@@ -69,7 +69,7 @@ class MlpBlock(nn.Module):
         self.down = nn.Linear(hidden, config.side_width)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, h: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, h: Tensor, mask: Tensor | None, wanted: int | None = None) -> Tensor:
         return h + self.dropout(self.down(self.dropout(F.gelu(self.up(self.norm(h))))))
 
 
@@ -88,15 +88,15 @@ class TransformerBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.mlp = MlpBlock(config)
 
-    def forward(self, h: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, h: Tensor, mask: Tensor | None, wanted: int | None = None) -> Tensor:
+        """(N, T, s) to the first `wanted` of its rows, or all of them: (N, wanted, s)."""
         N, T, s = h.shape
-        qkv = self.query_key_value(self.norm(h)).view(N, T, 3, self.heads, s // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, T, s / heads)
-        scores = q @ k.transpose(-1, -2) * (s // self.heads) ** -0.5
-        if mask is not None:
-            scores = scores.masked_fill(~mask[:, None, None, :], float("-inf"))
-        mixed = (torch.softmax(scores, dim=-1) @ v).transpose(1, 2).reshape(N, T, s)
-        return self.mlp(h + self.dropout(self.out(mixed)), mask)
+        normed, weight, bias = self.norm(h), self.query_key_value.weight, self.query_key_value.bias
+        h = h[:, :wanted]
+        q = F.linear(normed[:, :wanted], weight[:s], bias[:s]).view(N, -1, self.heads, s // self.heads).transpose(1, 2)
+        k, v = F.linear(normed, weight[s:], bias[s:]).view(N, T, 2, self.heads, s // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])
+        return self.mlp(h + self.dropout(self.out(mixed.transpose(1, 2).reshape(h.shape))), mask)
 
 
 class SideNetwork(nn.Module):
@@ -124,7 +124,8 @@ class SideNetwork(nn.Module):
         z = torch.zeros_like(x[:, 0])
         gates = torch.sigmoid(self.gate_logits / GATE_TEMPERATURE)
         for b, block in enumerate(self.blocks):
-            z = block(gates[b] * z + (1 - gates[b]) * x[:, b], mask)
+            wanted = 1 if self.config.summary and b == len(self.blocks) - 1 else None  # the head reads no other row
+            z = block(gates[b] * z + (1 - gates[b]) * x[:, b], mask, wanted)
         return self.head(self.dropout(self.norm(self._pool(z, mask))))
 
     def _pool(self, z: Tensor, mask: Tensor | None) -> Tensor:
