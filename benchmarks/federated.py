@@ -50,6 +50,7 @@ from side_tuning.wire.messages import Mode, TapPlan
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
 MAX_TOKENS = 128
+HELD_BACK = 0.25  # of each device's train rows, while rates are searched
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=6, help="of MiniLM, for every method (default 6, all of them)")
     parser.add_argument("--rounds", type=int, default=10, help="of FedAvg; FedBuff gets as many turns (default 10)")
     parser.add_argument("--central-epochs", type=int, default=4)
-    parser.add_argument("--learning-rate", type=float, default=Recipe.learning_rate, help="of LoRA")
+    parser.add_argument("--learning-rate", type=float, default=Recipe.learning_rate, help=f"of LoRA on devices (default {Recipe.learning_rate:g})")
+    parser.add_argument("--search", type=float, nargs="+", default=(), metavar="RATE", help="choose LoRA's rates among these first, on train rows held back")
     parser.add_argument("--partition", nargs="+", default=["iid"], metavar="P", help="iid, dirichlet:ALPHA, user")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--full", action="store_true", help="all rows, 20 rounds, more data sets, IID and Dirichlet 0.1, 3 seeds: many hours")
@@ -134,11 +136,35 @@ class _Comparison:
 
         train, test = [rows(share.train) for share in self.shares], [rows(share.test) for share in self.shares]
         self.job = Job(self.model, options.layers, len(numbers), MAX_TOKENS, seed, train, test, self.recipe)
+        if options.search:
+            self.recipe = self._searched(options.search)
+            self.job = replace(self.job, recipe=self.recipe)
         write_job(self.job, self.job_file)
         prepared = folder / "backbone"
         manifest = backbones.prepare(self.model, prepared, layers=options.layers, weights="float", max_tokens=MAX_TOKENS)
         self.backbone = PreparedBackbone(manifest, prepared)
         self.plans = {mode: self._plan(mode, options.layers) for mode in MODES}
+
+    def _searched(self, rates: Sequence[float]) -> Recipe:
+        """The recipe with the rates of `rates` that are best on a quarter of each device's train rows, when trained on the others."""
+        job = self.job
+        cuts = [int(len(rows.labels) * (1 - HELD_BACK)) for rows in job.train]
+        train = [Rows(rows.texts[:cut], rows.labels[:cut]) for rows, cut in zip(job.train, cuts, strict=True)]
+        held_back = [Rows(rows.texts[cut:], rows.labels[cut:]) for rows, cut in zip(job.train, cuts, strict=True)]
+        table = Table("learning rate", "Flower, FedAvg", "centralised", title="LoRA on train rows held back, per cent", title_justify="left")
+        found: dict[float, tuple[float, float]] = {}
+        for rate in rates:
+            recipe = replace(job.recipe, learning_rate=rate, central_learning_rate=rate)
+            write_job(replace(job, train=train, test=held_back, recipe=recipe), self.job_file)
+            with ThreadPoolExecutor(max_workers=2) as pool:
+                fedavg = pool.submit(self._program, "benchmarks.peers.flower_learning", str(self.job_file), peers=True) if self.options.flower else None
+                central = pool.submit(self._method, "benchmarks.peers.lora_methods", "centralised")
+                scores = [100 * one.result()["curve"][-1]["accuracy"] if one else 0.0 for one in (fedavg, central)]
+            found[rate] = (scores[0], scores[1])
+            table.add_row(f"{rate:g}", *(f"{score:.1f}" for score in scores))
+        self.console.print(table)
+        best = max(rates, key=lambda rate: found[rate][0]) if self.options.flower else job.recipe.learning_rate
+        return replace(job.recipe, learning_rate=best, central_learning_rate=max(rates, key=lambda rate: found[rate][1]))
 
     def run(self, *, headline: bool) -> dict[str, Any]:
         say = self.console.print
@@ -237,13 +263,18 @@ class _Comparison:
         return tap_fleet(Backbone.load(self.backbone.folder), self.plans[mode], shares)
 
     def _plan(self, mode: Mode, layers: int) -> TapPlan:
-        """The plan that a coordinator makes by default for a backbone of so many layers."""
+        """The plan that a coordinator makes in this mode for a backbone of so many layers."""
         settings = CoordinatorSettings.model_validate(
-            {"data_directory": self.folder, "broker": {"host": "localhost"}, "task": {"labels": self.dataset.labels}}
+            {
+                "data_directory": self.folder,
+                "broker": {"host": "localhost"},
+                "task": {"labels": self.dataset.labels},
+                "plan": {"mode": mode, "max_tokens": MAX_TOKENS},
+            }
         )
         plan = plan_from_settings(settings, [layers])
         assert plan is not None
-        return replace(plan, mode=mode, max_tokens=MAX_TOKENS)
+        return plan
 
     def _learn(self, mode: Mode, devices: list[TappedDevice], real: RealFleet) -> Learned:
         payload = sum(frame.payload_bytes for device in devices for frame in device.train)
@@ -280,8 +311,8 @@ class _Comparison:
             scores[mode] = train_centrally(train, held_out, settings, classes=len(numbers))
         return scores
 
-    def _method(self, module: str, name: str, costs: str) -> dict[str, Any]:
-        return self._program(module, str(self.job_file), name, after=(costs,))
+    def _method(self, module: str, name: str, *costs: str) -> dict[str, Any]:
+        return self._program(module, str(self.job_file), name, after=costs)
 
     def _program(self, module: str, *arguments: str, peers: bool = False, after: Sequence[str] = ()) -> dict[str, Any]:
         descriptor, out = tempfile.mkstemp(dir=self.folder, suffix=".json")

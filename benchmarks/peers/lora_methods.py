@@ -25,7 +25,7 @@ def centralised(job: Job, *, adapters: bool = True) -> list[Point]:
     """All rows in one place; one point per epoch."""
     model = Classifier(job, adapters=adapters)
     recipe = job.recipe
-    training = Training(model, recipe.learning_rate if adapters else recipe.full_learning_rate, recipe)
+    training = Training(model, recipe.central_learning_rate if adapters else recipe.full_learning_rate, recipe)
     random = np.random.default_rng(job.seed)
     curve = []
     for epoch in range(recipe.central_epochs):

@@ -124,8 +124,8 @@ class SideNetwork(nn.Module):
         z = torch.zeros_like(x[:, 0])
         gates = torch.sigmoid(self.gate_logits / GATE_TEMPERATURE)
         for b, block in enumerate(self.blocks):
-            wanted = 1 if self.config.summary and b == len(self.blocks) - 1 else None  # the head reads no other row
-            z = block(gates[b] * z + (1 - gates[b]) * x[:, b], mask, wanted)
+            read = 1 if self.config.summary and b == len(self.blocks) - 1 else None  # rows: the head looks at no other
+            z = block(gates[b] * z + (1 - gates[b]) * x[:, b], mask, read)
         return self.head(self.dropout(self.norm(self._pool(z, mask))))
 
     def _pool(self, z: Tensor, mask: Tensor | None) -> Tensor:
