@@ -299,7 +299,7 @@ class _Comparison:
             inputs = np.stack([np.concatenate([part.values[layer] for part in parts]) for layer in layers], axis=1)
             labels = np.array([numbers[row.label] for row in rows])
             rows_each = [count for part in parts for count in part.counts(plan.mode)] if plan.mode == "sequence" else None
-            summary_width = backbone.width if plan.has_summary else 0
+            summary_width = backbone.manifest.width if plan.has_summary else 0
             return Activations(name, self.backbone.manifest.fingerprint, inputs, labels, rows_each, summary_width)
 
         scores = {}

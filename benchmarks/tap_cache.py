@@ -85,7 +85,7 @@ def compute(backbone: Backbone, dataset: Dataset, rows: list[Row], test: np.ndar
         for n, part, real in zip(some, np.split(stacked, np.cumsum(matrices.counts(plan.mode))[:-1]), matrices.tokens, strict=True):
             found[n], tokens[n] = part, real
     labels = np.array([dataset.labels.index(row.label) for row in rows], np.int64)
-    width = backbone.width
+    width = backbone.manifest.width
     return Taps(
         plan.mode, plan.taps(depth), np.concatenate(found), tokens, labels, test, plan.summary_rows(width), width if plan.has_summary else 0
     )
