@@ -86,7 +86,7 @@ def default_case(depth: int, mode: Mode | None = None) -> Case:
     plan = plan_from_settings(settings, [depth])
     assert plan is not None
     rank = plan.rank if plan.mode == "sequence" else 0
-    return Case(plan.mode, plan.blocks, plan.codec, plan.group, rank, plan.has_summary, tested=mode is None)
+    return Case(plan.mode, plan.blocks, plan.codec, plan.group, rank, plan.summary, tested=mode is None)
 
 
 def cases(depth: int, full: bool) -> list[Case]:

@@ -146,7 +146,7 @@ class _Comparison:
         self.plans = {mode: self._plan(mode, options.layers) for mode in MODES}
 
     def _searched(self, rates: Sequence[float]) -> Recipe:
-        """The recipe with the rates of `rates` that are best on a quarter of each device's train rows, when trained on the others."""
+        """The recipe with the rates that are best on a quarter of each device's train rows; FedAvg's serves all that train on devices."""
         job = self.job
         cuts = [int(len(rows.labels) * (1 - HELD_BACK)) for rows in job.train]
         train = [Rows(rows.texts[:cut], rows.labels[:cut]) for rows, cut in zip(job.train, cuts, strict=True)]
@@ -159,7 +159,7 @@ class _Comparison:
             with ThreadPoolExecutor(max_workers=2) as pool:
                 fedavg = pool.submit(self._program, "benchmarks.peers.flower_learning", str(self.job_file), peers=True) if self.options.flower else None
                 central = pool.submit(self._method, "benchmarks.peers.lora_methods", "centralised")
-                scores = [100 * one.result()["curve"][-1]["accuracy"] if one else 0.0 for one in (fedavg, central)]
+                scores = [100 * one.result()["curve"][-1]["accuracy"] if one else float("nan") for one in (fedavg, central)]
             found[rate] = (scores[0], scores[1])
             table.add_row(f"{rate:g}", *(f"{score:.1f}" for score in scores))
         self.console.print(table)
@@ -299,7 +299,7 @@ class _Comparison:
             inputs = np.stack([np.concatenate([part.values[layer] for part in parts]) for layer in layers], axis=1)
             labels = np.array([numbers[row.label] for row in rows])
             rows_each = [count for part in parts for count in part.counts(plan.mode)] if plan.mode == "sequence" else None
-            summary_width = backbone.manifest.width if plan.has_summary else 0
+            summary_width = backbone.manifest.width if plan.summary else 0
             return Activations(name, self.backbone.manifest.fingerprint, inputs, labels, rows_each, summary_width)
 
         scores = {}

@@ -87,7 +87,7 @@ def compute(backbone: Backbone, dataset: Dataset, rows: list[Row], test: np.ndar
     labels = np.array([dataset.labels.index(row.label) for row in rows], np.int64)
     width = backbone.manifest.width
     return Taps(
-        plan.mode, plan.taps(depth), np.concatenate(found), tokens, labels, test, plan.summary_rows(width), width if plan.has_summary else 0
+        plan.mode, plan.taps(depth), np.concatenate(found), tokens, labels, test, plan.summary_rows(width), width if plan.summary else 0
     )
 
 

@@ -250,7 +250,7 @@ def plan_set(  # noqa: PLR0917 - one per option
     codec: Annotated[str | None, typer.Option(help="rot4, int4, int2, int8 or fp16.")] = None,
     group: Annotated[int | None, typer.Option(min=0, max=128)] = None,
     rank: Annotated[int | None, typer.Option(min=1, max=4096)] = None,
-    summary: Annotated[bool | None, typer.Option("--summary/--no-summary", help="A pooled vector beside the tokens of sequence mode.")] = None,
+    summary: Annotated[bool | None, typer.Option("--summary/--no-summary", help="A pooled vector beside the tokens of sequence mode. With it, what is stored without is of no use.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, max=8192)] = None,
     frame_samples: Annotated[int | None, typer.Option(min=1, max=4096)] = None,
     frame_bytes: Annotated[int | None, typer.Option(min=1024, max=16 * 1024 * 1024)] = None,

@@ -98,7 +98,7 @@ def refusal(frame: Frame, registry: Registry) -> str | None:
     if plan.task != "regression" and any(sample.target is not None for sample in frame.samples):
         return f"targets of a regression, tap plan {plan.version} is for {plan.task}"
     if frame.summary_rows != (summary_rows := plan.summary_rows(manifest.width)):
-        return f"{frame.summary_rows} rows of a summary, tap plan {plan.version} wants {summary_rows} of this backbone; update the agent"
+        return f"{frame.summary_rows} rows of a summary, tap plan {plan.version} wants {summary_rows} of this backbone"
     layers = tuple(tap.layer for tap in frame.taps)
     if layers != (wanted := plan.taps(manifest.layers)):
         return f"layers {_list(layers)}, tap plan {plan.version} wants {_list(wanted)} of this backbone"

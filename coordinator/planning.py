@@ -20,7 +20,7 @@ from coordinator.settings import ConfigError, CoordinatorSettings
 from coordinator.store.engine import Store
 from coordinator.store.registry import backbones, insert_plan, newest_plan, plans
 from side_tuning.wire.bounded import FrameError
-from side_tuning.wire.messages import Mode, TapPlan
+from side_tuning.wire.messages import Mode, TapPlan, Task
 from side_tuning.wire.topics import check_device_name
 
 logger = logging.getLogger(__name__)
@@ -57,8 +57,12 @@ def plan_from_settings(settings: CoordinatorSettings, depths: Collection[int]) -
         last_rank=wanted.last_rank if language else 0,
         last_codec=wanted.last_codec if language else "int4",
         context_every=wanted.context_every if language else 1,
-        summary=wanted.summary and mode == "sequence" and not language,
+        summary=wanted.summary is not False and _may_have_summary(mode, task),
     )
+
+
+def _may_have_summary(mode: Mode, task: Task) -> bool:
+    return mode == "sequence" and task != "causal-lm"
 
 
 def follow_settings(settings: CoordinatorSettings, store: Store) -> TapPlan | None:
@@ -92,20 +96,25 @@ def change_plan(settings: CoordinatorSettings, store: Store, device: str | None,
         if base is None:
             raise ConfigError("there is no tap plan to change yet; register a backbone first, or set plan.blocks in the settings")
         try:
-            if changes.get("mode") == "sequence":
-                changes = {"summary": settings.plan.summary, **changes}
+            if (mode := changes.get("mode", base.mode)) != base.mode:
+                changes = {"summary": settings.plan.summary is not False and _may_have_summary(mode, base.task), **changes}
             changed = replace(base, **changes)
             TapPlan.from_bytes(changed.to_bytes())
         except FrameError as error:
             raise ConfigError(str(error)) from error
         made = _insert_next(session, changed, device)
+        wish = _wish(settings, session)
     if wish is not None and device is None:
         write_atomically(settings.data_directory / _WISH_FILE, wish.to_bytes())
     return made
 
 
 def _wish(settings: CoordinatorSettings, session: Session) -> TapPlan | None:
-    return plan_from_settings(settings, [row.manifest.layers for row in backbones(session).values()])
+    wish = plan_from_settings(settings, [row.manifest.layers for row in backbones(session).values()])
+    current = newest_plan(session)
+    if wish is None or current is None or settings.plan.summary is not None or (wish.task, wish.mode) != (current.task, current.mode):
+        return wish
+    return replace(wish, summary=current.summary)  # a fleet that began without goes on without: its samples stay of use
 
 
 def _insert_next(session: Session, plan: TapPlan, device: str | None) -> TapPlan:
@@ -130,7 +139,7 @@ def next_version(newest: int, now: datetime) -> int:
 def describe(plan: TapPlan) -> str:
     """The plan in a line, for people."""
     shape = f"rank {plan.rank}, at most {plan.max_tokens} tokens" if plan.mode == "sequence" else plan.pooling
-    if plan.has_summary:
+    if plan.summary:
         shape += f", {plan.pooling} summary"
     task: str = plan.task
     if plan.task == "classification":

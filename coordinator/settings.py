@@ -79,7 +79,9 @@ class PlanSettings(_Section):
     codec: CodecName | None = None  # none: rot4 in `pooled` mode, where it was measured to be better (docs/lab-notes.md), int4 in `sequence` mode
     group: int = Field(default=128, ge=0, le=128)
     rank: int | None = Field(default=None, ge=1, le=MAX_RANK)  # columns of the fixed map in `sequence` mode; none: 64; `causal-lm`: 128
-    summary: bool = True  # `sequence` mode but for `causal-lm`: a pooled vector in full width beside the tokens (docs/lab-notes.md)
+    # `sequence` mode but for `causal-lm`: a pooled vector in full width beside the tokens (docs/lab-notes.md). None: yes, but for a
+    # fleet that began without: switched on there, a new run begins, and what was stored without is of no use to it.
+    summary: bool | None = None
     max_tokens: int = Field(default=128, ge=1, le=8192)
     frame_samples: int = Field(default=64, ge=1, le=4096)
     frame_bytes: int = Field(default=131_072, ge=1024, le=16 * _MIB)

@@ -22,7 +22,8 @@ BATCH_SAMPLES = 32
 def export_taps(backbone_folder: Path, plan: TapPlan, samples: Path, out: Path, *, limit: int | None = None) -> int:
     """Write taps, labels, splits and token counts of the first `limit` samples to `out` (safetensors); returns how many.
 
-    Tensors: `layer.N` float32 (rows, width), `label` int64 (-1 for none), `held_out` bool, `tokens` int64; of a regression
+    Tensors: `layer.N` float32 (rows, width), each sample's being `plan.summary_rows(width of the backbone)` and its tokens in sequence
+    mode, `label` int64 (-1 for none), `held_out` bool, `tokens` int64; of a regression
     also `target` float64 (NaN for none); of a language model `token_ids` int64 (sum of tokens + 1 per sample) and `supervised_from`
     int64, as in a frame.
     """

@@ -65,9 +65,11 @@ def compute_taps(backbone: Backbone, texts: Texts, plan: TapPlan) -> TapMatrices
         else:
             values[layer] = _mapped(backbone, layer, states[activations.mask], plan)
             maps[layer] = manifest.maps[layer]
-            if plan.has_summary:
+            if plan.summary:
+                from side_tuning.wire.summaries import join_summaries
+
                 summaries = _pool(states, activations.mask, tokens, plan.pooling).numpy()
-                values[layer] = _with_summaries(summaries, values[layer], tokens.tolist())
+                values[layer] = join_summaries(summaries, values[layer], tokens.tolist())
     return TapMatrices(values, tokens.tolist(), maps, manifest.layers, plan.summary_rows(manifest.width))
 
 
@@ -96,16 +98,6 @@ def _mapped(backbone: Backbone, layer: int, states: Tensor, plan: TapPlan) -> np
 
     manifest = backbone.manifest
     return np.ascontiguousarray(states.numpy() @ backbone.map_matrix(layer, plan.width_at(layer, manifest.layers, manifest.width)))
-
-
-def _with_summaries(summaries: np.ndarray[Any, Any], rows: np.ndarray[Any, Any], tokens: list[int]) -> np.ndarray[Any, Any]:
-    """Each sample's summary (samples, width), folded and filled up with zeros, before its token rows (sum(tokens), rank)."""
-    import numpy as np
-
-    rank = rows.shape[1]
-    folded = np.pad(summaries, ((0, 0), (0, -summaries.shape[1] % rank))).reshape(len(summaries), -1, rank)
-    parts = np.split(rows, np.cumsum(tokens)[:-1])
-    return np.concatenate([part for pair in zip(folded, parts, strict=True) for part in pair])
 
 
 def to_wire_taps(matrices: TapMatrices, plan: TapPlan) -> tuple[Tap, ...]:

@@ -35,6 +35,7 @@ from side_tuning.network.files import NetworkFileError, load_alignment, save_ali
 from side_tuning.network.side_network import block_inputs
 from side_tuning.wire.codecs import round_trip
 from side_tuning.wire.messages import TapPlan
+from side_tuning.wire.summaries import split_summaries
 
 log = logging.getLogger(__name__)
 
@@ -145,12 +146,7 @@ class Anchors:
         return self._keep(fingerprint, compute_anchor_taps(self._texts, self._data_directory, fingerprint, self._plan))
 
     def _keep(self, fingerprint: str, taps: AnchorTaps) -> AnchorMap:
-        if taps.tokens == self._target.tokens:
-            anchor_map = fit_anchor_map(taps.rows, self._target.rows)
-        else:  # another tokenizer: only whole texts correspond
-            anchor_map = fit_anchor_map(taps.per_text(), self._target.per_text())
-        if taps.summaries is not None and self._target.summaries is not None:
-            anchor_map = anchor_map.with_summary(fit_anchor_map(taps.summaries, self._target.summaries))
+        anchor_map = fit_to(taps, self._target)
         write_atomically(self._map_file(fingerprint), save_alignment(anchor_map))
         return anchor_map
 
@@ -234,13 +230,8 @@ def compute_anchor_taps(texts: list[object], data_directory: Path, fingerprint: 
     inputs = block_inputs(taps, plan.layers(depth))
     tokens = tensors["tokens"].tolist() if plan.mode == "sequence" else [1] * len(inputs)
     summaries = None
-    if plan.has_summary:
-        k = plan.summary_rows(manifest.width)
-        ends = np.cumsum(tensors["tokens"] + k)
-        first = np.stack([np.arange(end - count - k, end - count) for end, count in zip(ends, tokens, strict=True)])  # (texts, k)
-        folded = inputs[first].swapaxes(1, 2)  # (texts, B, k, rank)
-        summaries = folded.reshape(*folded.shape[:2], -1)[..., : manifest.width]
-        inputs = np.delete(inputs, first.ravel(), axis=0)
+    if plan.summary:
+        summaries, inputs = split_summaries(inputs, tokens, manifest.width)
     if len(inputs) > MOST_TOKEN_ROWS:
         whole = int(np.searchsorted(np.cumsum(tokens), MOST_TOKEN_ROWS, side="right"))
         tokens = tokens[:whole]
@@ -289,6 +280,18 @@ def main_directions(rows: np.ndarray, width: int) -> np.ndarray:
         reduced = block @ directions[:, ::-1][:, :width]
         blocks.append(reduced / np.sqrt(np.mean(reduced**2)))
     return np.stack(blocks, axis=1).astype(np.float32)
+
+
+def fit_to(taps: AnchorTaps, target: AnchorTaps) -> AnchorMap:
+    """The map from one backbone's taps into the shared space: by rows where these correspond, else by whole texts."""
+    if taps.tokens == target.tokens:
+        anchor_map = fit_anchor_map(taps.rows, target.rows)
+    else:  # another tokenizer: only whole texts correspond, and each was cut at its own number of tokens
+        texts = min(len(taps.tokens), len(target.tokens))
+        anchor_map = fit_anchor_map(taps.per_text()[:texts], target.per_text()[:texts])
+    if taps.summaries is not None and target.summaries is not None:
+        anchor_map = anchor_map.with_summary(fit_anchor_map(taps.summaries, target.summaries))
+    return anchor_map
 
 
 def fit_anchor_map(rows: np.ndarray, target: np.ndarray) -> AnchorMap:

@@ -44,7 +44,7 @@ class Rows:
 
     fingerprint: str
     inputs: np.ndarray  # (N, B, d), or (N, B, T, d) in `sequence` mode
-    mask: np.ndarray | None  # (N, T), true at real tokens
+    mask: np.ndarray | None  # (N, T), true at real rows
     labels: np.ndarray  # (N,); targets of a regression, float64
     language: LanguageColumns | None = None
 
@@ -198,7 +198,7 @@ class Learner(Trained):
             self.joined_at[fingerprint] = step
             self.alignments[fingerprint] = self.average_alignments[fingerprint] = anchor_map.to(self.device)
             return
-        alignment = Alignment(width_in, self.config.width_in, self.config.blocks, summary_width)
+        alignment = Alignment(width_in, self.config.width_in, self.config.blocks, summary_width, self.config.summary_width)
         alignment.drop_inputs(self.settings.input_dropout)
         alignment.reset_projection(self._generator(fingerprint))
         self._join(fingerprint, alignment, step)

@@ -43,7 +43,7 @@ def what_is_learned(plan: TapPlan, settings: TrainingSettings) -> dict[str, Any]
         "rank": plan.rank if plan.mode == "sequence" else 0,
         **{name: getattr(settings, name) for name in _FIXED},
     }
-    if plan.has_summary:  # noted where there is one only, so that runs from before there were summaries go on
+    if plan.summary:  # noted where there is one only, so that runs from before there were summaries go on without
         learned["summary"] = True
     if plan.task != "classification":  # likewise
         learned |= {"task": plan.task, "last_rank": plan.last_rank if plan.task == "causal-lm" else 0}

@@ -19,6 +19,7 @@ from side_tuning.wire.bounded import FrameError
 from side_tuning.wire.codecs import decode_vectors
 from side_tuning.wire.frame import Frame, decode_frame
 from side_tuning.wire.messages import TapPlan
+from side_tuning.wire.summaries import folded_rows, join_summaries, split_summaries
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +83,8 @@ def _useless(sample: StoredSample, plan: TapPlan, known: dict[int, TapPlan], man
         return "other task"
     if (made_for.mode, made_for.pooling) != (plan.mode, plan.pooling):
         return "other mode or pooling"
-    if made_for.has_summary != plan.has_summary:
-        return "with a summary" if made_for.has_summary else "no summary"
+    if plan.summary and not made_for.summary:
+        return "no summary"
     return "label out of range" if plan.task == "classification" and (sample.label or 0) >= len(plan.labels) else None
 
 
@@ -92,9 +93,9 @@ def _keep(cache: TapCache, plan: TapPlan, frame: Frame, wanted: list[StoredSampl
     if len({len(values) for values in layers}) != 1:
         raise _Skip("taps of unlike shapes")
     width = manifest.width if plan.mode == "pooled" else min(plan.rank, manifest.width)
-    summary_width = manifest.width if plan.has_summary else 0
+    summary_width = manifest.width if plan.summary else 0
     shard = cache.open_shard(frame.backbone, plan.layers(manifest.layers), width, layers[-1].shape[1], summary_width)
-    counts = [1 if frame.mode == "pooled" else sample.tokens + frame.summary_rows for sample in frame.samples]
+    counts = [1 if frame.mode == "pooled" else sample.tokens + plan.summary_rows(manifest.width) for sample in frame.samples]
     ends = np.cumsum(counts)
     vectors = np.concatenate(layers, axis=1)
     tokens = _tokens(frame) if plan.task == "causal-lm" else None
@@ -138,11 +139,25 @@ def _vectors(frame: Frame, plan: TapPlan, manifest: BackboneManifest) -> list[np
     layers = plan.taps(manifest.layers)
     if not set(layers) <= set(taps):
         raise _Skip("taps do not cover the plan's layers")
+    if plan.summary and not frame.summary_rows:
+        raise _Skip("no summary")
     found = []
     for layer in layers:
         tap, width = taps[layer], plan.width_at(layer, manifest.layers, manifest.width)
-        if tap.width != width and (plan.mode == "pooled" or tap.width < width or plan.has_summary):
-            raise _Skip("other width than the backbone's" if plan.mode == "pooled" else "other rank than the plan's" if plan.has_summary else "rank below the plan's")
-        # Rank r is the first r columns of the map, so a larger rank holds the smaller one; but a summary is folded to its rank.
-        found.append(decode_vectors(tap.data, tap.rows, tap.width, tap.codec, tap.group)[:, :width])
+        if tap.width != width and (plan.mode == "pooled" or tap.width < width):
+            raise _Skip("other width than the backbone's" if plan.mode == "pooled" else "rank below the plan's")
+        if frame.summary_rows not in (0, folded_rows(manifest.width, tap.width)):
+            raise _Skip("summary of another width than the backbone's")
+        vectors = decode_vectors(tap.data, tap.rows, tap.width, tap.codec, tap.group)
+        if frame.summary_rows and (tap.width != width or not plan.summary):
+            vectors = _refolded(vectors, frame, manifest.width, width, with_summary=plan.summary)
+        # Rank r is the first r columns of the map, so a larger rank holds the smaller one.
+        found.append(vectors[:, :width])
     return found
+
+
+def _refolded(vectors: np.ndarray, frame: Frame, summary_width: int, width: int, *, with_summary: bool) -> np.ndarray:
+    """Rows whose summary was folded to a larger rank: the first `width` columns of the tokens, the summary before them folded anew or left out."""
+    tokens = [sample.tokens for sample in frame.samples]
+    summaries, rows = split_summaries(vectors, tokens, summary_width)
+    return join_summaries(summaries, rows[:, :width], tokens) if with_summary else rows

@@ -36,7 +36,7 @@ RECORD = np.dtype(
     [
         ("row_id", "<i8"),  # of the sample in the store
         ("start", "<i8"),  # first row in the shard
-        ("rows", "<i4"),  # 1 in `pooled` mode, tokens else
+        ("rows", "<i4"),  # 1 in `pooled` mode; tokens else, and before them those of the summary
         ("shard", "<i4"),
         ("device", "<i4"),
         ("label", "<i4"),

@@ -154,7 +154,7 @@ def open_training(store: Store, settings: CoordinatorSettings, plan: TapPlan, no
             classes=1 if plan.task == "regression" else len(plan.labels),
             mode=plan.mode,
             entry_width=anchors.width if anchors else 0,
-            summary=plan.has_summary,
+            summary=plan.summary,
             entry_summary_width=anchors.summary_width if anchors else 0,
         )
         learner = make_learner(settings.training, config, plan.task)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from side_tuning.network.summary import Summarised
+from side_tuning.network.summary import TapModule
 
 LOW_RANK_ABOVE = 1024  # widths above this are projected through a bottleneck
 CLAMP = 10.0  # standard deviations; one stray channel must not carry a whole vector away
@@ -29,6 +29,7 @@ class AlignmentConfig:
     side_width: int
     blocks: int
     summary_width: int = 0  # of the vectors whose folded rows come first; 0: there are none
+    summary_width_out: int = 0  # that they are brought to; other than the side width only before a ladder with an entry
 
     @property
     def width_out(self) -> int:
@@ -40,20 +41,24 @@ class AlignmentConfig:
         return max(16, self.side_width // 2) if self.width_in > LOW_RANK_ABOVE else None
 
 
-class Alignment(Summarised):
+class Alignment(TapModule):
     """Activations `(N, B, d)` or `(N, B, T, d)` to side inputs `(N, B, s)` or `(N, B, T, s)`.
 
-    With a summary: `(N, B, k + T, d)`, the first k rows being the folded summary, to `(N, B, 1 + T, s)`.
+    With a summary: `(N, B, k + T, d)`, the first k rows being the folded summary, to `(N, B, l + T, s)`; l is 1 where
+    summaries are brought to the side width.
     """
 
     mean: Tensor
     variance: Tensor
     rows: Tensor
 
-    def __init__(self, width_in: int, side_width: int, blocks: int, summary_width: int = 0) -> None:
+    config: AlignmentConfig
+    summary: Alignment | None
+
+    def __init__(self, width_in: int, side_width: int, blocks: int, summary_width: int = 0, summary_width_out: int = 0) -> None:
         super().__init__()
-        self.config = AlignmentConfig(width_in, side_width, blocks, summary_width)
-        self.summary = Alignment(summary_width, side_width, blocks) if summary_width else None
+        self.config = AlignmentConfig(width_in, side_width, blocks, summary_width, summary_width_out)
+        self.summary = Alignment(summary_width, summary_width_out, blocks) if summary_width else None
         self.input_dropout = 0.0
         # Statistics start as one imaginary row with mean 0 and variance 1, so a first single row is no division by zero.
         self.register_buffer("mean", torch.zeros(blocks, width_in))

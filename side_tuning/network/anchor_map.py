@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from side_tuning.network.summary import Summarised
+from side_tuning.network.summary import TapModule
 
 CLAMP = 10.0  # standard deviations, as in `Alignment`
 
@@ -28,12 +28,14 @@ class AnchorMapConfig:
     summary_width_out: int = 0
 
 
-class AnchorMap(Summarised):
+class AnchorMap(TapModule):
     """Activations `(N, B, d)` or `(N, B, T, d)` to shared inputs `(N, B, r)` or `(N, B, T, r)`; every block feeds every block.
 
     With a summary: `(N, B, k + T, d)` to `(N, B, l + T, r)`, the first l rows being the folded shared vector of the summary.
     """
 
+    config: AnchorMapConfig
+    summary: AnchorMap | None
     mean: Tensor
     spread: Tensor
     matrix: Tensor
@@ -44,7 +46,7 @@ class AnchorMap(Summarised):
         self.summary = AnchorMap(summary_width, summary_width_out, blocks) if summary_width else None
         self.register_buffer("mean", torch.zeros(blocks, width_in))
         self.register_buffer("spread", torch.ones(blocks, width_in))
-        # Half precision: it is most of what a device fetches, and its error is far below the codec's.
+        # Half precision: its error is far below the codec's.
         self.register_buffer("matrix", torch.zeros(blocks * width_in, blocks * width_out, dtype=torch.float16))
 
     def with_summary(self, summary: AnchorMap) -> AnchorMap:

@@ -99,16 +99,18 @@ def load_alignment(source: Path | bytes) -> Alignment | AnchorMap:
     """Inverse of `save_alignment`, ready for inference."""
     data, header, config = _open(source, ("alignment", "anchor-map"))
     width_in, blocks = _whole(config, "width_in", MAX_WIDTH_IN), _whole(config, "blocks", MAX_BLOCKS)
-    summary_width = _whole({"summary_width": 0, **config}, "summary_width", MAX_WIDTH_IN, low=0)
+    config = {"summary_width": 0, "summary_width_out": 0, **config}
+    summary_width = _whole(config, "summary_width", MAX_WIDTH_IN, low=0)
+    least, most = (1, MAX_SIDE_WIDTH) if summary_width else (0, 0)
+    of_summary = summary_width, _whole(config, "summary_width_out", most, low=least)
     if config["kind"] == "anchor-map":
         width_out = _whole(config, "width_out", MAX_SIDE_WIDTH)
-        summary_width_out = _whole({"summary_width_out": 0, **config}, "summary_width_out", MAX_SIDE_WIDTH, low=min(summary_width, 1))
         with torch.device("meta"):
-            anchor_map = AnchorMap(width_in, width_out, blocks, summary_width, summary_width_out)
+            anchor_map = AnchorMap(width_in, width_out, blocks, *of_summary)
         return _fill(anchor_map, data, header, config)
     side_width = _whole(config, "side_width", MAX_SIDE_WIDTH)
     with torch.device("meta"):
-        alignment = Alignment(width_in, side_width, blocks, summary_width)
+        alignment = Alignment(width_in, side_width, blocks, *of_summary)
     return _fill(alignment, data, header, config)
 
 

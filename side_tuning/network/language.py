@@ -58,7 +58,7 @@ class LanguageAlignmentConfig:
 
     @property
     def summary_width(self) -> int:
-        return 0  # every token is a sample of its own
+        return 0  # a language model's samples are rows
 
 
 class CausalBlock(nn.Module):

@@ -69,7 +69,7 @@ class MlpBlock(nn.Module):
         self.down = nn.Linear(hidden, config.side_width)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, h: Tensor, mask: Tensor | None, wanted: int | None = None) -> Tensor:
+    def forward(self, h: Tensor, mask: Tensor | None) -> Tensor:
         return h + self.dropout(self.down(self.dropout(F.gelu(self.up(self.norm(h))))))
 
 
@@ -107,7 +107,8 @@ class SideNetwork(nn.Module):
         self.config = config
         self.entry = None
         if config.entry_width:
-            self.entry = Alignment(config.entry_width, config.side_width, config.blocks, config.entry_summary_width)
+            of_summary = (config.entry_summary_width, config.side_width) if config.summary else ()
+            self.entry = Alignment(config.entry_width, config.side_width, config.blocks, *of_summary)
         self.gate_logits = nn.Parameter(torch.zeros(config.blocks))
         block = MlpBlock if config.mode == "pooled" else TransformerBlock
         self.blocks = nn.ModuleList(block(config) for _ in range(config.blocks))
@@ -124,8 +125,9 @@ class SideNetwork(nn.Module):
         z = torch.zeros_like(x[:, 0])
         gates = torch.sigmoid(self.gate_logits / GATE_TEMPERATURE)
         for b, block in enumerate(self.blocks):
-            read = 1 if self.config.summary and b == len(self.blocks) - 1 else None  # rows: the head looks at no other
-            z = block(gates[b] * z + (1 - gates[b]) * x[:, b], mask, read)
+            h = gates[b] * z + (1 - gates[b]) * x[:, b]
+            read_by_head = self.config.summary and b == len(self.blocks) - 1  # of the last block's rows the first alone
+            z = block(h, mask, 1) if read_by_head else block(h, mask)
         return self.head(self.dropout(self.norm(self._pool(z, mask))))
 
     def _pool(self, z: Tensor, mask: Tensor | None) -> Tensor:

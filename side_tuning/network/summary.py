@@ -7,26 +7,31 @@ like a token's, the one that the others are gathered into and that the head read
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-def folded_rows(summary_width: int, width: int) -> int:
-    """Rows of `width` that a vector of `summary_width` is folded into; 0 without a summary."""
-    return -(-summary_width // width)
+from side_tuning.wire.summaries import folded_rows
 
 
-class Summarised(nn.Module):
-    """Base of what takes taps to side inputs: where samples have a summary, a module of the same kind takes that.
+class Widths(Protocol):
+    """What the configuration of a `TapModule` says at the least."""
 
-    A subclass sets `summary`, of the summary's own widths, and `config`, with `width_in`, `width_out` and `summary_width`.
-    """
+    @property
+    def width_in(self) -> int: ...
+    @property
+    def width_out(self) -> int: ...
+    @property
+    def summary_width(self) -> int: ...  # 0: samples have no summary
 
-    config: Any
-    summary: Any
+
+class TapModule(nn.Module):
+    """Base of what takes taps to side inputs: where samples have a summary, `summary`, of the same kind, takes that."""
+
+    config: Widths
+    summary: TapModule | None
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Taps (N, B, k + T, width_in) to the summaries (N, B, summary_width) and the token rows (N, B, T, width_in)."""

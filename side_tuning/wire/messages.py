@@ -23,6 +23,7 @@ Presence = Literal["online", "offline", "lost"]
 CommandName = Literal["pause", "resume", "renew-certificate"]
 DeviceStep = Literal["flashed", "booted", "configured", "network", "clock", "enrolled", "backbone", "stored"]
 
+MODE_WITH_SUMMARY = "sequence+summary"  # on the wire
 MAX_MESSAGE_BYTES = 65_536
 MAX_MANIFEST_BYTES = 262_144
 MAX_BLOCKS = 64
@@ -136,7 +137,7 @@ class TapPlan:
     labels: tuple[str, ...]  # class names; a sample's label travels as an index into them. None but for `classification`
     blocks: int
     mode: Mode = "pooled"
-    pooling: Pooling = "mean"  # `pooled` mode: mean over real tokens, or the first or last real token
+    pooling: Pooling = "mean"  # of a pooled vector or summary: mean over real tokens, or the first or last real token
     codec: CodecName = "int4"
     group: int = 128  # values that share a scale, 1 to 128; 0 means one scale per vector
     rank: int = 32  # `sequence` mode: columns of the fixed map
@@ -152,6 +153,10 @@ class TapPlan:
     # `sequence` mode but for `causal-lm`: the pooled vector in full width, folded into rows, goes before each sample's tokens.
     summary: bool = False
 
+    def __post_init__(self) -> None:
+        if self.summary and (self.mode != "sequence" or self.task == "causal-lm"):
+            raise FrameError(f"tap plan: a summary in mode {self.mode} of {self.task}; only classification and regression in mode sequence have one")
+
     def layers(self, depth: int) -> tuple[int, ...]:
         """The layer (1-based) that stands for each block in a backbone of `depth` layers: ceil(depth * b / blocks)."""
         return tuple(-(-depth * b // self.blocks) for b in range(1, self.blocks + 1))
@@ -166,13 +171,9 @@ class TapPlan:
             return width
         return min(width, max(self.rank, self.last_rank) if self.is_last(layer, depth) else self.rank)
 
-    @property
-    def has_summary(self) -> bool:
-        return self.summary and self.mode == "sequence" and self.task != "causal-lm"
-
     def summary_rows(self, width: int) -> int:
         """Rows that a summary of `width` values takes in every tap of a sample; 0 without one."""
-        return -(-width // min(self.rank, width)) if self.has_summary else 0
+        return -(-width // min(self.rank, width)) if self.summary else 0
 
     def codec_at(self, layer: int, depth: int) -> CodecName:
         return self.last_codec if self.is_last(layer, depth) else self.codec
@@ -182,7 +183,10 @@ class TapPlan:
         return self.task == "causal-lm" and layer == depth
 
     def to_bytes(self) -> bytes:
-        return pack_message(self)
+        fields = asdict(self)
+        if fields.pop("summary"):  # an agent that knows of no summaries must not take the plan up: its frames would be rejected
+            fields["mode"] = MODE_WITH_SUMMARY
+        return bytes(msgpack.packb(fields))
 
     @classmethod
     def from_bytes(cls, payload: bytes) -> TapPlan:
@@ -196,7 +200,9 @@ class TapPlan:
         if len(set(labels)) != len(labels):
             raise FrameError("tap plan: labels repeat")
         task: Task = fields.choice("task", get_args(Task), "classification")
-        mode: Mode = fields.choice("mode", get_args(Mode))
+        named = fields.choice("mode", (*get_args(Mode), MODE_WITH_SUMMARY))
+        mode: Mode = "sequence" if named == MODE_WITH_SUMMARY else named
+        summary = named == MODE_WITH_SUMMARY or fields.flag("summary", False)
         if task != "classification" and labels:
             raise FrameError(f"tap plan: {len(labels)} labels, but the task {task} has none")
         last_rank = fields.integer("last_rank", 0, MAX_RANK, 0)
@@ -219,7 +225,7 @@ class TapPlan:
             last_rank=last_rank,
             last_codec=fields.choice("last_codec", get_args(CodecName), "int4"),
             context_every=fields.integer("context_every", 0, 8192, 1),
-            summary=fields.flag("summary", False),
+            summary=summary,
         )
 
 

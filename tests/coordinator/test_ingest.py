@@ -34,7 +34,7 @@ def frame(plan: TapPlan, tokens: tuple[int, ...] = (3, 16)) -> Frame:
     return made
 
 
-@pytest.mark.parametrize("plan", [PLAN, replace(PLAN, summary=False), replace(PLAN, mode="pooled"), replace(PLAN, mode="pooled", summary=False)])
+@pytest.mark.parametrize("plan", [PLAN, replace(PLAN, summary=False), replace(PLAN, mode="pooled", summary=False)])
 def test_what_the_plan_asks_for_is_taken(plan: TapPlan) -> None:
     assert refusal(frame(plan), Registry({FINGERPRINT: BACKBONE}, {3: plan})) is None
 
@@ -42,10 +42,10 @@ def test_what_the_plan_asks_for_is_taken(plan: TapPlan) -> None:
 @pytest.mark.parametrize(
     ("sent", "reason"),
     [
-        (frame(replace(PLAN, summary=False)), "0 rows of a summary, tap plan 3 wants 3 of this backbone; update the agent"),
+        (frame(replace(PLAN, summary=False)), "0 rows of a summary, tap plan 3 wants 3 of this backbone"),
         (replace(frame(PLAN), summary_rows=2), "2 rows of a summary, tap plan 3 wants 3"),
         (frame(PLAN, (3, 17)), "17 tokens, tap plan 3 allows 16"),
-        (frame(replace(PLAN, mode="pooled")), "mode pooled/mean, tap plan 3 says sequence/mean"),
+        (frame(replace(PLAN, mode="pooled", summary=False)), "mode pooled/mean, tap plan 3 says sequence/mean"),
         (replace(frame(PLAN), taps=frame(PLAN).taps[:1]), "layers 1, tap plan 3 wants 1, 2 of this backbone"),
         (frame(replace(PLAN, codec="int4")), "layer 1: codec int4 group 8, tap plan 3 says int8 group 8"),
         (replace(frame(PLAN), backbone="ee" * 16), "is not registered"),

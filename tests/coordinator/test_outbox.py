@@ -10,8 +10,8 @@ import pytest
 from coordinator.backbone_offers import BackboneOffers, BackboneShelf
 from coordinator.outbox import Outbox, ensure_signing_key
 from coordinator.planning import change_plan, describe, follow_settings, next_version, plan_from_settings
-from coordinator.settings import PlanSettings, TaskSettings
-from coordinator.store.registry import newest_plan, plans, register_backbone
+from coordinator.settings import ConfigError, PlanSettings, TaskSettings
+from coordinator.store.registry import insert_plan, newest_plan, plans, register_backbone
 from coordinator.store.training import (
     checkpoints_to_publish,
     insert_checkpoint,
@@ -239,6 +239,48 @@ def test_the_plan_carries_the_task_and_what_a_language_model_needs(tmp_path):
     assert number == plan({"kind": "regression"}), "what only language models have makes no new version"
     assert describe(number).endswith("regression")
     assert plan({"labels": ["a", "b"]}).task == "classification"
+
+
+def test_sequence_mode_has_a_summary_where_it_can_and_nobody_said_otherwise(tmp_path):
+    def plan(task: dict[str, object], **wanted: object) -> TapPlan:
+        made = plan_from_settings(settings_for(tmp_path, task=task, plan={"blocks": 2, **wanted}), [])
+        assert made is not None
+        assert TapPlan.from_bytes(made.to_bytes()) == made
+        return made
+
+    labels = {"labels": ["a", "b"]}
+    assert plan(labels, mode="sequence").summary
+    assert describe(plan(labels, mode="sequence")).startswith("2 blocks, sequence (rank 64, at most 128 tokens, mean summary)")
+    assert plan({"kind": "regression"}, mode="sequence").summary
+    assert not plan(labels, mode="sequence", summary=False).summary
+    assert not plan(labels).summary
+    assert not plan(labels, summary=True).summary, "pooled"
+    assert not plan({"kind": "causal-lm"}, summary=True).summary
+    assert plan(labels, mode="sequence").summary_rows(384) == 6
+    assert plan(labels, mode="sequence", rank=100).summary_rows(48) == 1
+
+
+def test_a_fleet_that_began_without_summaries_goes_on_without(tmp_path):
+    settings = settings_for(tmp_path, task={"labels": ["a", "b"]}, plan={"mode": "sequence", "blocks": 2})
+    store = make_store(settings)
+    before = replace(plan_from_settings(settings, []), summary=False, version=2)
+    with store.write() as session:
+        insert_plan(session, before)  # as a release that knew of none left it
+    (settings.data_directory / "tap-plan-of-settings").write_bytes(replace(before, version=1).to_bytes())
+    assert follow_settings(settings, store) is None
+    by_hand = change_plan(settings, store, None, {"rank": 16})
+    assert not by_hand.summary
+    assert follow_settings(settings, store) is None, "a plan by hand stays"
+    asked = settings.model_copy(update={"plan": settings.plan.model_copy(update={"summary": True})})
+    assert follow_settings(asked, store).summary
+    assert not change_plan(asked, store, None, {"summary": False}).summary
+    assert change_plan(asked, store, None, {"rank": 16}).summary is False, "not switched on by another change"
+    assert change_plan(asked, store, None, {"mode": "pooled"}).summary is False
+    assert change_plan(asked, store, None, {"mode": "sequence"}).summary
+    assert change_plan(asked, store, None, {"mode": "pooled"}).summary is False
+    with pytest.raises(ConfigError, match="a summary in mode pooled of classification"):
+        change_plan(asked, store, None, {"summary": True})
+    store.close()
 
 
 def test_plan_versions_come_from_the_clock_and_only_grow():

@@ -32,11 +32,11 @@ class Checkpoint:
         self.plan = plan(**changes)
         torch.manual_seed(seed if ladder_seed is None else ladder_seed)
         self.ladder = SideNetwork(
-            SideNetworkConfig(32, self.plan.blocks, len(self.plan.labels) or 1, self.plan.mode, summary=self.plan.has_summary)
+            SideNetworkConfig(32, self.plan.blocks, len(self.plan.labels) or 1, self.plan.mode, summary=self.plan.summary)
         )
         torch.manual_seed(seed)
-        width = backbone.width if self.plan.mode == "pooled" else self.plan.rank
-        self.alignment = Alignment(width, 32, self.plan.blocks, backbone.width if self.plan.has_summary else 0)
+        width = backbone.width if self.plan.mode == "pooled" else min(self.plan.rank, backbone.width)
+        self.alignment = Alignment(width, 32, self.plan.blocks, *((backbone.width, 32) if self.plan.summary else ()))
         self.alignment.project.data += torch.randn_like(self.alignment.project)
         self.files = {"ladder": save_ladder(self.ladder), "alignment": save_alignment(self.alignment)}
         blobs = {

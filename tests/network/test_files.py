@@ -49,7 +49,7 @@ def test_ladder_comes_back_bit_for_bit(tmp_path: Path, mode: str) -> None:
 
 @pytest.mark.parametrize(("width", "summary_width"), [(6, 0), (2048, 0), (6, 15)])
 def test_alignment_comes_back_bit_for_bit(width: int, summary_width: int) -> None:
-    alignment = Alignment(width, 8, 2, summary_width)
+    alignment = Alignment(width, 8, 2, summary_width, 11 if summary_width else 0)
     alignment.observe(torch.randn(5, 2, 4, width), torch.ones(5, 4, dtype=torch.bool))
     loaded = load_alignment(save_alignment(alignment))
     assert loaded.config == alignment.config

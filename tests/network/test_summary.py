@@ -9,7 +9,7 @@ import torch
 from side_tuning.network.alignment import Alignment
 from side_tuning.network.anchor_map import AnchorMap
 from side_tuning.network.side_network import SideNetwork, SideNetworkConfig, predict_logits
-from side_tuning.network.summary import folded_rows
+from side_tuning.wire.summaries import folded_rows, join_summaries, split_summaries
 
 BLOCKS, RANK, WIDTH, SIDE = 2, 4, 10, 8  # so a summary takes three rows, and two values of the third are empty
 K = 3
@@ -37,10 +37,24 @@ def test_rows_that_a_summary_takes() -> None:
     assert [folded_rows(width, RANK) for width in (0, 1, 4, 5, 10)] == [0, 1, 1, 2, 3]
 
 
+def test_joined_summaries_come_apart_again() -> None:
+    summaries, rows, sent = taps(samples=3, tokens=5)
+    together = sent.permute(0, 2, 1, 3).reshape(-1, BLOCKS, RANK).numpy()  # of several taps at once
+    found = split_summaries(together, [5, 5, 5], WIDTH)
+    assert np.array_equal(found[0], summaries)
+    assert np.array_equal(found[1], rows.permute(0, 2, 1, 3).reshape(-1, BLOCKS, RANK))
+    one_tap = join_summaries(summaries[:, 0].numpy(), rows[:, 0].reshape(-1, RANK).numpy(), [5, 5, 5])
+    assert np.array_equal(one_tap, sent[:, 0].reshape(-1, RANK))
+    uneven = join_summaries(summaries[:, 0].numpy(), one_tap[:6], [1, 3, 2])
+    assert np.array_equal(split_summaries(uneven, [1, 3, 2], WIDTH)[1], one_tap[:6])
+    with pytest.raises(ValueError, match="14 rows, but 3 samples of 6 tokens and 3 rows of a summary each"):
+        split_summaries(uneven[:-1], [1, 3, 2], WIDTH)
+
+
 def test_an_alignment_with_a_summary_is_two_alignments() -> None:
     summaries, rows, sent = taps()
     mask = torch.tensor([[True] * K + [True] * 5, [True] * K + [True] * 2 + [False] * 3, [True] * K + [True] + [False] * 4])
-    both = Alignment(RANK, SIDE, BLOCKS, WIDTH)
+    both = Alignment(RANK, SIDE, BLOCKS, WIDTH, SIDE)
     both.observe(sent, mask)
     of_tokens, of_summaries = Alignment(RANK, SIDE, BLOCKS), Alignment(WIDTH, SIDE, BLOCKS)
     own = both.state_dict()
@@ -70,10 +84,11 @@ def test_an_anchor_map_with_a_summary_is_two_maps() -> None:
     assert both.ladder_mask(mask).tolist() == [[True, True, True, True, False, False, False]] * 3
 
 
-@pytest.mark.parametrize("anchored", [False, True])
-def test_padding_and_batch_mates_change_nothing(anchored: bool) -> None:
-    alignment = anchor_map() if anchored else Alignment(RANK, SIDE, BLOCKS, WIDTH)
+@pytest.mark.parametrize("way", ["aligned", "anchored", "aligned among anchored"])
+def test_padding_and_batch_mates_change_nothing(way: str) -> None:
+    anchored = way != "aligned"
     config = SideNetworkConfig(SIDE, BLOCKS, 3, "sequence", heads=2, summary=True, entry_width=3 if anchored else 0, entry_summary_width=5 if anchored else 0)
+    alignment = anchor_map() if way == "anchored" else Alignment(RANK, config.width_in, BLOCKS, WIDTH, config.summary_width)
     torch.manual_seed(0)
     ladder = SideNetwork(config)
     _, _, sent = taps()
@@ -88,7 +103,7 @@ def test_padding_and_batch_mates_change_nothing(anchored: bool) -> None:
 
 def test_tokens_and_summary_both_count() -> None:
     torch.manual_seed(0)
-    alignment, ladder = Alignment(RANK, SIDE, BLOCKS, WIDTH), SideNetwork(SideNetworkConfig(SIDE, BLOCKS, 3, "sequence", heads=2, summary=True))
+    alignment, ladder = Alignment(RANK, SIDE, BLOCKS, WIDTH, SIDE), SideNetwork(SideNetworkConfig(SIDE, BLOCKS, 3, "sequence", heads=2, summary=True))
     _, _, sent = taps()
     as_sent = predict_logits(alignment, ladder, sent.numpy())
     for row in (0, K - 1, K, K + 4):
@@ -99,8 +114,8 @@ def test_tokens_and_summary_both_count() -> None:
 
 def test_what_has_no_summary_is_refused() -> None:
     with pytest.raises(ValueError, match="do not begin with the 3 rows of a summary"):
-        Alignment(RANK, SIDE, BLOCKS, WIDTH)(torch.zeros(1, BLOCKS, 2, RANK))
+        Alignment(RANK, SIDE, BLOCKS, WIDTH, SIDE)(torch.zeros(1, BLOCKS, 2, RANK))
     with pytest.raises(ValueError, match="do not begin with the 3 rows of a summary"):
-        Alignment(RANK, SIDE, BLOCKS, WIDTH)(torch.zeros(1, BLOCKS, RANK))
+        Alignment(RANK, SIDE, BLOCKS, WIDTH, SIDE)(torch.zeros(1, BLOCKS, RANK))
     with pytest.raises(ValueError, match="a summary in pooled mode"):
         SideNetworkConfig(SIDE, BLOCKS, 3, "pooled", summary=True)

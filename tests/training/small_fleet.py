@@ -85,7 +85,7 @@ def frame(
         width = WIDTHS[fingerprint] if tap_plan.mode == "pooled" else tap_plan.rank
         view = np.random.default_rng([int(fingerprint[:2], 16), layer]).normal(size=(MEANING, width))
         values = np.repeat(meaning @ view, repeats, axis=0).astype(np.float32)
-        if tap_plan.has_summary:
+        if tap_plan.summary:
             whole = np.random.default_rng([int(fingerprint[:2], 16), layer, 1]).normal(size=(MEANING, WIDTHS[fingerprint]))
             values = with_summaries((meaning @ whole).astype(np.float32), values, tokens)
         data = encode_vectors(values, tap_plan.codec, tap_plan.group)

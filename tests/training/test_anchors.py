@@ -27,6 +27,7 @@ from coordinator.training.anchors import (
     compute_anchor_taps,
     digest_of,
     fit_anchor_map,
+    fit_to,
     main_directions,
     read_texts,
 )
@@ -223,6 +224,21 @@ def test_the_summaries_of_anchors_are_their_pooled_taps_and_the_rest_their_token
         assert with_summary.tokens == tokens.tokens
         assert np.array_equal(with_summary.rows, tokens.rows)
         assert np.array_equal(with_summary.summaries, pooled.rows)
+
+
+def test_unlike_tokenizers_are_fitted_by_the_texts_that_both_have() -> None:
+    """Each is cut at a number of token rows, so one may have fewer texts."""
+    random = np.random.default_rng(0)
+    meaning = random.normal(size=(80, 4))
+    views = random.normal(size=(2, 4, 10))
+    many, few = random.integers(1, 5, 80), random.integers(1, 5, 60)
+    taps, target = (
+        AnchorTaps(np.repeat(meaning[: len(tokens)] @ view, tokens, axis=0)[:, None].astype(np.float32), tuple(tokens.tolist()))
+        for tokens, view in ((many, views[0]), (few, views[1]))
+    )
+    whole = AnchorTaps(taps.per_text()[:60].astype(np.float32), (1,) * 60), AnchorTaps(target.per_text().astype(np.float32), (1,) * 60)
+    assert torch.equal(fit_to(taps, target).matrix, fit_to(*whole).matrix)
+    assert torch.equal(fit_to(target, taps).matrix, fit_to(*reversed(whole)).matrix)
 
 
 def test_a_damaged_artifact_is_passed_over(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -100,11 +101,45 @@ def test_a_summary_serves_its_own_plans_alone(store: Store, tmp_path: Path) -> N
     assert [(shard.width, shard.summary_width) for shard in cache.shards] == [(6, 12), (6, 20)]
     again = TapCache(tmp_path / "cache", KEY, "sequence")
     assert [shard.summary_width for shard in again.shards] == [12, 20]
-    for number, (changes, reason) in enumerate(
-        [({"rank": 4}, "other rank than the plan's"), ({"summary": False}, "with a summary"), ({"mode": "pooled"}, "other mode or pooling")]
-    ):
-        other = fill(store, tmp_path / f"other-{number}", plan(**{"mode": "sequence", "rank": 6, "summary": True, **changes}))
-        assert other.skipped == {reason: 4}
+    other = fill(store, tmp_path / "pooled", plan())
+    assert other.skipped == {"other mode or pooling": 4}
+    larger = fill(store, tmp_path / "larger", plan(mode="sequence", rank=7, summary=True))
+    assert larger.skipped == {"rank below the plan's": 4}
+
+
+def test_samples_without_a_summary_are_of_no_use_where_one_is_wanted(store: Store, tmp_path: Path) -> None:
+    tap_plan = plan(mode="sequence", rank=6)
+    prepare(store, tap_plan)
+    arrive(store, [frame("attic", 1, [0, 1], tap_plan=tap_plan)])
+    assert fill(store, tmp_path / "cache", plan(mode="sequence", rank=6, summary=True)).skipped == {"no summary": 2}
+    # As an old gateway would take it: the version is that of a plan with summaries, the frame has none.
+    changed = plan(2, mode="sequence", rank=6, summary=True)
+    with store.write() as session:
+        insert_plan(session, changed, at=small_fleet.AT)
+    arrive(store, [replace(frame("attic", 2, [0, 1], tap_plan=tap_plan), plan_version=2)])
+    assert fill(store, tmp_path / "again", changed).skipped == {"no summary": 4}
+
+
+@pytest.mark.parametrize(("rank", "summary"), [(4, True), (6, False), (4, False)])
+def test_a_summary_is_folded_anew_for_a_smaller_rank_or_left_out(store: Store, tmp_path: Path, rank: int, summary: bool) -> None:
+    sent_plan, wanted = plan(mode="sequence", rank=6, summary=True), plan(mode="sequence", rank=rank, summary=summary)
+    prepare(store, sent_plan)
+    frames = [frame("attic", 1, [0, 1], tap_plan=sent_plan), frame("barn", 1, [0, 1], fingerprint=DEEP, tap_plan=sent_plan)]
+    arrive(store, frames)
+    cache = fill(store, tmp_path / "cache", wanted)
+    assert not cache.skipped
+    for number in range(4):
+        (rows,) = cache.gather(np.array([number]))
+        sent, width = frames[number // 2], (12, 20)[number // 2]
+        whole = decoded(sent, number % 2, sent_plan)  # (rows, B, 6)
+        k = -(-width // 6)
+        vector = whole[:k].swapaxes(0, 1).reshape(2, -1)[:, :width]
+        found = rows.inputs[0]  # (B, rows, rank)
+        now = -(-width // rank) if summary else 0
+        assert found.shape == (2, now + len(whole) - k, rank)
+        assert np.allclose(found[:, now:].swapaxes(0, 1), whole[k:, :, :rank], rtol=1e-3, atol=1e-3)
+        if summary:
+            assert np.allclose(found[:, :now].reshape(2, -1)[:, :width], vector, rtol=1e-3, atol=1e-3)
 
 
 def test_samples_of_no_use_are_skipped_and_counted(store: Store, tmp_path: Path) -> None:

@@ -129,6 +129,9 @@ def test_another_task_begins_a_new_run_and_one_from_before_there_were_others_goe
     runs = [run(plan()), run(number), run(language), run(replace(language, last_rank=8)), run(plan())]
     assert len(set(runs)) == len(runs)
     assert run(plan(codec="int4")) == runs[-1]
+    tokens = plan(mode="sequence", rank=8)
+    assert "summary" not in what_is_learned(tokens, chosen.training)
+    assert run(tokens) != run(replace(tokens, summary=True))
 
 
 SUMMARISED = {"mode": "sequence", "rank": 8, "summary": True}
@@ -184,6 +187,11 @@ def test_anchors_change_nothing_about_resuming(store: Store, tmp_path: Path, anc
         take_step(resumed, chosen)
     assert {f for f, a in resumed.learner.alignments.items() if isinstance(a, AnchorMap)} == anchored
     assert same_bits(straight, resumed)
+    published = resumed.learner.published()
+    for fingerprint, alignment in published.alignments.items():
+        manifest, width_in = small_fleet.manifest(fingerprint), alignment.config.width_in
+        assert width_in == (8 if kind else manifest.width)
+        assert (alignment.config.width_out, alignment.config.summary_width_out) == (published.ladder.config.width_in, 11 if kind else 0)
 
 
 def test_a_stopped_trainer_goes_on_where_it_was(store: Store, tmp_path: Path) -> None:

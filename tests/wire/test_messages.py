@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args
 
 import msgpack
 import pytest
@@ -16,6 +17,7 @@ from side_tuning.wire.messages import (
     CheckpointManifest,
     Command,
     Health,
+    Mode,
     Receipt,
     SignedManifest,
     SpoolCount,
@@ -72,6 +74,7 @@ MANIFEST = CheckpointManifest(
 MESSAGES: list[Any] = [
     PLAN,
     TapPlan(1, ("a",), 64, mode="sequence", pooling="last", codec="fp16", group=0, rank=16, linger_seconds=0.0),
+    TapPlan(2, ("a",), 2, mode="sequence", rank=16, summary=True),
     Receipt("00112233445566ff", 0),
     Receipt("00112233445566ff", 2**53, (2**53,), ((7, "too large"), (9, "damaged"))),
     HEALTH,
@@ -86,6 +89,18 @@ MESSAGES: list[Any] = [
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
 def test_messages_come_back(message: Any) -> None:
     assert type(message).from_bytes(message.to_bytes()) == message
+
+
+def test_a_plan_with_summaries_is_none_to_who_does_not_know_them() -> None:
+    """An older agent must keep the plan before it: frames without summaries would be rejected, and forgotten."""
+    with_summary = TapPlan(2, ("a",), 2, mode="sequence", rank=16, summary=True)
+    modes = [msgpack.unpackb(plan.to_bytes())["mode"] for plan in (with_summary, replace(with_summary, summary=False))]
+    assert modes == ["sequence+summary", "sequence"]
+    assert modes[0] not in get_args(Mode)
+    for wrong in ({"mode": "pooled", "summary": True}, {"task": "causal-lm", "labels": [], "last_rank": 16}):
+        fields = {**msgpack.unpackb(with_summary.to_bytes()), **wrong}
+        with pytest.raises(FrameError, match="only classification and regression in mode sequence have one"):
+            TapPlan.from_bytes(msgpack.packb(fields))
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
