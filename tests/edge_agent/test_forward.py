@@ -45,7 +45,7 @@ def test_a_summary_is_the_pooled_vector_folded_before_the_tokens(backbone, pooli
     used = plan(mode="sequence", rank=7, summary=True, pooling=pooling, codec="fp16")
     whole = compute_taps(backbone, texts, used)
     tokens = compute_taps(backbone, texts, replace(used, summary=False))
-    pooled = compute_taps(backbone, texts, replace(used, mode="pooled"))
+    pooled = compute_taps(backbone, texts, replace(used, mode="pooled", summary=False))
     k = whole.summary_rows
     assert k == used.summary_rows(384) == 55  # of seven values each, and one of them filled up
     assert whole.tokens == tokens.tokens
