@@ -82,7 +82,7 @@ def frame(
     meaning = np.stack([classes[label or 0] for label in labels]) + 0.5 * generator.normal(size=(len(labels), MEANING))
     taps = []
     for layer in layers or tap_plan.taps(DEPTHS[fingerprint]):
-        width = WIDTHS[fingerprint] if tap_plan.mode == "pooled" else tap_plan.rank
+        width = WIDTHS[fingerprint] if tap_plan.mode == "pooled" else min(tap_plan.rank, WIDTHS[fingerprint])
         view = np.random.default_rng([int(fingerprint[:2], 16), layer]).normal(size=(MEANING, width))
         values = np.repeat(meaning @ view, repeats, axis=0).astype(np.float32)
         if tap_plan.summary:

@@ -19,6 +19,7 @@ from side_tuning.network.files import load_alignment, load_ladder
 from side_tuning.network.side_network import predict_logits
 from side_tuning.tasks import correlation
 from side_tuning.wire.frame import Frame
+from side_tuning.wire.messages import TapPlan
 from tests.training.small_fleet import AT, DEEP, SHALLOW, arrive, mixed_fleet, plan, prepare, settings
 
 NUMBER = plan(labels=(), task="regression")
@@ -29,20 +30,23 @@ def numbered(frames: list[Frame]) -> list[Frame]:
     return [replace(f, samples=tuple(s._replace(label=None, target=100.0 + 10 * (s.label or 0)) for s in f.samples)) for f in frames]
 
 
-def opened(store: Store, folder: Path, **training: object) -> Training:
-    found = open_training(store, settings(folder, replay_ratio=1000, **training), NUMBER)
-    while take_in(store, found.cache, NUMBER):
+def opened(store: Store, folder: Path, tap_plan: TapPlan = NUMBER, **training: object) -> Training:
+    found = open_training(store, settings(folder, replay_ratio=1000, **training), tap_plan)
+    while take_in(store, found.cache, tap_plan):
         pass
     take_up(found)
     return found
 
 
-@pytest.mark.parametrize("precision", ["float", "int8", "int4"])
-def test_a_fleet_learns_a_number_and_devices_say_it_in_its_own_unit(store: Store, tmp_path: Path, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("precision", "tap_plan"),
+    [*((precision, NUMBER) for precision in ("float", "int8", "int4")), ("int4", replace(NUMBER, mode="sequence", rank=8, summary=True))],
+)
+def test_a_fleet_learns_a_number_and_devices_say_it_in_its_own_unit(store: Store, tmp_path: Path, precision: str, tap_plan: TapPlan) -> None:
     chosen = settings(tmp_path, replay_ratio=1000, checkpoint_precision=precision)
-    prepare(store, NUMBER)
-    arrive(store, numbered(mixed_fleet()))
-    training = opened(store, tmp_path, checkpoint_precision=precision)
+    prepare(store, tap_plan)
+    arrive(store, numbered(mixed_fleet(tap_plan=tap_plan)))
+    training = opened(store, tmp_path, tap_plan, checkpoint_precision=precision)
     for _ in range(150):
         take_step(training, chosen)
     _save(training, store, chosen, lambda: AT)

@@ -59,9 +59,9 @@ def test_pooled_samples_come_back_as_sent(store: Store, tmp_path: Path, blocks: 
         assert bool(record["held_out"]) == (f.samples[position].split == "held-out")
 
 
-@pytest.mark.parametrize("summary", [False, True])
-def test_sequences_come_back_padded_with_their_mask(store: Store, tmp_path: Path, summary: bool) -> None:
-    tap_plan = plan(mode="sequence", rank=8, summary=summary)  # summaries of 12 and 20 values take two and three rows
+@pytest.mark.parametrize(("rank", "summary"), [(8, False), (8, True), (16, True)])
+def test_sequences_come_back_padded_with_their_mask(store: Store, tmp_path: Path, rank: int, summary: bool) -> None:
+    tap_plan = plan(mode="sequence", rank=rank, summary=summary)  # of summaries of 12 and 20 values: two and three rows, or one and two
     prepare(store, tap_plan)
     frames = mixed_fleet(80, tap_plan)
     arrive(store, frames)
