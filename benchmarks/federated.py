@@ -345,7 +345,7 @@ def _subset(dataset: Dataset, rows: int, test_rows: int, seed: int) -> Dataset:
 
 def _bars(methods: dict[str, Method], skewed: Learned | None, target: float) -> list[Bar]:
     def points(better: str, ours: str) -> float:
-        return 100 * (methods[better].accuracy - methods[ours].accuracy)
+        return round(100 * (methods[better].accuracy - methods[ours].accuracy), 6)  # a whole number of rows, without the last bit of a float
 
     pooled, flower = methods["ours, pooled"], methods.get("Flower, LoRA FedAvg")
     bars = []
