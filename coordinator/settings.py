@@ -76,7 +76,7 @@ class PlanSettings(_Section):
     max_blocks: int = Field(default=2, ge=1, le=MAX_BLOCKS)  # the cap when `blocks` is chosen for you; bytes grow with it, accuracy hardly (docs/lab-notes.md)
     mode: Mode | None = None  # none: pooled; `causal-lm`: sequence
     pooling: Pooling = "mean"
-    codec: CodecName | None = None  # none: rot4 in `pooled` mode, where it was measured to be better (docs/lab-notes.md), int4 in `sequence` mode
+    codec: CodecName | None = None  # none: rot4 in `pooled` mode, hardly told apart from int4 (docs/benchmarks.md), int4 in `sequence` mode
     group: int = Field(default=128, ge=0, le=128)
     rank: int | None = Field(default=None, ge=1, le=MAX_RANK)  # columns of the fixed map in `sequence` mode; none: 64; `causal-lm`: 128
     # `sequence` mode but for `causal-lm`: a pooled vector in full width beside the tokens (docs/lab-notes.md). None: yes, but for a

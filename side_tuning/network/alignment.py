@@ -48,12 +48,11 @@ class Alignment(TapModule):
     summaries are brought to the side width.
     """
 
+    config: AlignmentConfig
+    summary: Alignment | None
     mean: Tensor
     variance: Tensor
     rows: Tensor
-
-    config: AlignmentConfig
-    summary: Alignment | None
 
     def __init__(self, width_in: int, side_width: int, blocks: int, summary_width: int = 0, summary_width_out: int = 0) -> None:
         super().__init__()
