@@ -22,13 +22,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import tap_cache
+from benchmarks.default_plan import default_plan
 from benchmarks.figures import Bar, print_bars, write_json
 from benchmarks.pareto_plot import draw
 from benchmarks.tap_cache import Taps
 from coordinator.demonstration.data import load_dataset
 from coordinator.demonstration.fleet import cache_folder, prepare_backbones
-from coordinator.planning import plan_from_settings
-from coordinator.settings import CoordinatorSettings
 from coordinator.training.reference import train_centrally
 from coordinator.training.settings import TrainingSettings
 from edge_agent.backbone import Backbone
@@ -58,7 +57,6 @@ class Case:
         group = f"/{self.group or 'vector'}" if self.codec and self.group != 128 else ""
         return f"{self.mode}{rank}, {self.blocks} taps, {self.codec or 'fp32'}{group}"
 
-
     def plan(self) -> TapPlan:
         """With labels that mean nothing."""
         return TapPlan(
@@ -80,11 +78,7 @@ class Result:
 
 def default_case(depth: int, mode: Mode | None = None) -> Case:
     """What a coordinator with nothing but labels, and perhaps the mode, in its settings asks of a fleet whose shallowest backbone has `depth` layers."""
-    settings = CoordinatorSettings.model_validate(
-        {"data_directory": Path(), "broker": {"host": "localhost"}, "task": {"labels": ("no", "yes")}, "plan": {"mode": mode}}
-    )
-    plan = plan_from_settings(settings, [depth])
-    assert plan is not None
+    plan = default_plan(depth, {"labels": ("no", "yes")}, mode=mode)
     rank = plan.rank if plan.mode == "sequence" else 0
     return Case(plan.mode, plan.blocks, plan.codec, plan.group, rank, plan.summary, tested=mode is None)
 

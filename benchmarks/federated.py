@@ -31,6 +31,7 @@ from rich.table import Table
 
 from benchmarks import base_size_costs, flower_network
 from benchmarks.base_size_costs import MODES
+from benchmarks.default_plan import default_plan
 from benchmarks.figures import Bar, print_bars, write_json
 from benchmarks.peers.lora import Job, Recipe, Rows, write_job
 from benchmarks.real_fleet import RealFleet, run_fleet
@@ -40,8 +41,6 @@ from benchmarks.time_model import fleet_profile, hand_out_seconds, round_seconds
 from coordinator import backbones
 from coordinator.demonstration.data import Dataset, Partition, Share, deal, load_dataset
 from coordinator.demonstration.fleet import PreparedBackbone
-from coordinator.planning import plan_from_settings
-from coordinator.settings import CoordinatorSettings
 from coordinator.training.reference import Activations, train_centrally
 from coordinator.training.settings import TrainingSettings
 from edge_agent.backbone import Backbone
@@ -264,17 +263,7 @@ class _Comparison:
 
     def _plan(self, mode: Mode, layers: int) -> TapPlan:
         """The plan that a coordinator makes in this mode for a backbone of so many layers."""
-        settings = CoordinatorSettings.model_validate(
-            {
-                "data_directory": self.folder,
-                "broker": {"host": "localhost"},
-                "task": {"labels": self.dataset.labels},
-                "plan": {"mode": mode, "max_tokens": MAX_TOKENS},
-            }
-        )
-        plan = plan_from_settings(settings, [layers])
-        assert plan is not None
-        return plan
+        return default_plan(layers, {"labels": self.dataset.labels}, mode=mode, max_tokens=MAX_TOKENS)
 
     def _learn(self, mode: Mode, devices: list[TappedDevice], real: RealFleet) -> Learned:
         payload = sum(frame.payload_bytes for device in devices for frame in device.train)
@@ -299,8 +288,8 @@ class _Comparison:
             inputs = np.stack([np.concatenate([part.values[layer] for part in parts]) for layer in layers], axis=1)
             labels = np.array([numbers[row.label] for row in rows])
             rows_each = [count for part in parts for count in part.counts(plan.mode)] if plan.mode == "sequence" else None
-            summary_width = backbone.manifest.width if plan.summary else 0
-            return Activations(name, self.backbone.manifest.fingerprint, inputs, labels, rows_each, summary_width)
+            manifest = self.backbone.manifest
+            return Activations(name, manifest.fingerprint, inputs, labels, rows_each, plan.summary_width(manifest.width))
 
         scores = {}
         settings = self._settings().model_copy(update={"checkpoint_precision": "float"})

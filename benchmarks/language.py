@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.default_plan import default_plan
 from benchmarks.figures import Bar, print_bars, write_json
 from benchmarks.language_lora import TokenRow, bits_per_byte, load_model, lora
 from benchmarks.language_side import Bits, Device, gain_share, language_fleet, text_frames, token_rows
@@ -29,8 +30,6 @@ from coordinator.backbones import prepare
 from coordinator.demonstration.data import Text, write_anchors
 from coordinator.demonstration.small_models import SHARED, STORIES, TOKENIZER, cache_folder, make_models
 from coordinator.demonstration.text_rows import read_texts
-from coordinator.planning import plan_from_settings
-from coordinator.settings import CoordinatorSettings
 from coordinator.training.settings import FEWEST_ANCHORS, TrainingSettings
 from edge_agent.backbone import Backbone
 from edge_agent.language_rows import language_rows
@@ -113,10 +112,8 @@ class Work:
 
     def plan(self, **changes: Any) -> TapPlan:
         """What the coordinator asks for by default, with `changes`."""
-        settings = CoordinatorSettings(data_directory=self.folder, broker={"host": "127.0.0.1", "port": 1, "tls": False}, task={"kind": "causal-lm"})
-        plan = plan_from_settings(settings, [Backbone.load(self.artifact("stories260K")).manifest.layers])
-        assert plan is not None
-        return replace(plan, max_tokens=MAX_TOKENS, **changes)
+        depth = Backbone.load(self.artifact("stories260K")).manifest.layers
+        return replace(default_plan(depth, {"kind": "causal-lm"}, max_tokens=MAX_TOKENS), **changes)
 
     def knobs(self, seed: int, **changes: Any) -> TrainingSettings:
         return TrainingSettings(seed=seed, threads=torch.get_num_threads(), replay_ratio=1e6, **changes)

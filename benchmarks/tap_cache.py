@@ -18,7 +18,7 @@ from edge_agent.open_frame import OpenFrame, TappedSample
 from edge_agent.taps import compute_taps
 from side_tuning.wire.codecs import decode_vectors
 from side_tuning.wire.frame import SampleInfo, decode, decode_frame, join_parts
-from side_tuning.wire.messages import Mode, TapPlan
+from side_tuning.wire.messages import Mode, TapPlan, folded_rows
 
 BATCH = 32
 
@@ -33,8 +33,11 @@ class Taps:
     tokens: np.ndarray  # of each sample
     labels: np.ndarray
     test: np.ndarray  # bool: of the published test set
-    summary_rows: int = 0  # of each sample
     summary_width: int = 0
+
+    @property
+    def summary_rows(self) -> int:
+        return folded_rows(self.summary_width, self.values.shape[2])
 
     @property
     def counts(self) -> np.ndarray:
@@ -48,8 +51,7 @@ class Taps:
         with np.load(path) as file:
             mode: Mode = "sequence" if str(file["mode"]) == "sequence" else "pooled"
             layers = tuple(int(layer) for layer in file["layers"])
-            summary = int(file["summary_rows"]), int(file["summary_width"])
-            return cls(mode, layers, file["values"], file["tokens"], file["labels"], file["test"], *summary)
+            return cls(mode, layers, file["values"], file["tokens"], file["labels"], file["test"], int(file["summary_width"]))
 
     def activations(self, picked: np.ndarray, layers: tuple[int, ...], device: str) -> Activations:
         """The picked samples, in order, as the trainer takes them."""
@@ -85,10 +87,8 @@ def compute(backbone: Backbone, dataset: Dataset, rows: list[Row], test: np.ndar
         for n, part, real in zip(some, np.split(stacked, np.cumsum(matrices.counts(plan.mode))[:-1]), matrices.tokens, strict=True):
             found[n], tokens[n] = part, real
     labels = np.array([dataset.labels.index(row.label) for row in rows], np.int64)
-    width = backbone.manifest.width
-    return Taps(
-        plan.mode, plan.taps(depth), np.concatenate(found), tokens, labels, test, plan.summary_rows(width), width if plan.summary else 0
-    )
+    summary_width = plan.summary_width(backbone.manifest.width)
+    return Taps(plan.mode, plan.taps(depth), np.concatenate(found), tokens, labels, test, summary_width)
 
 
 def through_the_wire(taps: Taps, plan: TapPlan, layers: tuple[int, ...]) -> tuple[Taps, float]:

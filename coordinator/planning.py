@@ -57,12 +57,12 @@ def plan_from_settings(settings: CoordinatorSettings, depths: Collection[int]) -
         last_rank=wanted.last_rank if language else 0,
         last_codec=wanted.last_codec if language else "int4",
         context_every=wanted.context_every if language else 1,
-        summary=wanted.summary is not False and _may_have_summary(mode, task),
+        summary=_with_summary(settings, mode, task),
     )
 
 
-def _may_have_summary(mode: Mode, task: Task) -> bool:
-    return mode == "sequence" and task != "causal-lm"
+def _with_summary(settings: CoordinatorSettings, mode: Mode, task: Task) -> bool:
+    return settings.plan.summary is not False and mode == "sequence" and task != "causal-lm"
 
 
 def follow_settings(settings: CoordinatorSettings, store: Store) -> TapPlan | None:
@@ -97,7 +97,7 @@ def change_plan(settings: CoordinatorSettings, store: Store, device: str | None,
             raise ConfigError("there is no tap plan to change yet; register a backbone first, or set plan.blocks in the settings")
         try:
             if (mode := changes.get("mode", base.mode)) != base.mode:
-                changes = {"summary": settings.plan.summary is not False and _may_have_summary(mode, base.task), **changes}
+                changes = {"summary": _with_summary(settings, mode, base.task), **changes}
             changed = replace(base, **changes)
             TapPlan.from_bytes(changed.to_bytes())
         except FrameError as error:

@@ -123,7 +123,7 @@ def load_networks(checkpoint: StoredCheckpoint, backbone: BackboneManifest) -> t
         ("width of the alignment's input", alignment.config.width_in, width_in),
         ("mode", ladder.config.mode, plan.mode),
         ("summary", ladder.config.summary, plan.summary),
-        ("width of the summary", alignment.config.summary_width, backbone.width if plan.summary else 0),
+        ("width of the summary", alignment.config.summary_width, plan.summary_width(backbone.width)),
         ("width of the summary's output", alignment.config.summary_width_out, ladder.config.summary_width),
         ("width of the alignment's output", alignment.config.width_out, ladder.config.width_in),
     )

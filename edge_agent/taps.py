@@ -9,6 +9,7 @@ from side_tuning.backbone_manifest import BackboneManifest
 from side_tuning.wire.codecs import encode_vectors
 from side_tuning.wire.frame import Tap
 from side_tuning.wire.messages import Mode, TapPlan
+from side_tuning.wire.summaries import join_summaries
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,8 +67,6 @@ def compute_taps(backbone: Backbone, texts: Texts, plan: TapPlan) -> TapMatrices
             values[layer] = _mapped(backbone, layer, states[activations.mask], plan)
             maps[layer] = manifest.maps[layer]
             if plan.summary:
-                from side_tuning.wire.summaries import join_summaries
-
                 summaries = _pool(states, activations.mask, tokens, plan.pooling).numpy()
                 values[layer] = join_summaries(summaries, values[layer], tokens.tolist())
     return TapMatrices(values, tokens.tolist(), maps, manifest.layers, plan.summary_rows(manifest.width))

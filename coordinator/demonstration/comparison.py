@@ -118,6 +118,6 @@ def _read(device: DemoDevice, file: Path, plan: TapPlan) -> dict[str, Activation
             inputs=inputs[rows],
             labels=labels[chosen],
             rows_each=rows_each[chosen].tolist() if plan.mode == "sequence" else None,
-            summary_width=width if plan.summary else 0,
+            summary_width=plan.summary_width(width),
         )
     return groups

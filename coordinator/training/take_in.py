@@ -18,8 +18,8 @@ from side_tuning.backbone_manifest import BackboneManifest
 from side_tuning.wire.bounded import FrameError
 from side_tuning.wire.codecs import decode_vectors
 from side_tuning.wire.frame import Frame, decode_frame
-from side_tuning.wire.messages import TapPlan
-from side_tuning.wire.summaries import folded_rows, join_summaries, split_summaries
+from side_tuning.wire.messages import TapPlan, folded_rows
+from side_tuning.wire.summaries import join_summaries, split_summaries
 
 log = logging.getLogger(__name__)
 
@@ -83,8 +83,6 @@ def _useless(sample: StoredSample, plan: TapPlan, known: dict[int, TapPlan], man
         return "other task"
     if (made_for.mode, made_for.pooling) != (plan.mode, plan.pooling):
         return "other mode or pooling"
-    if plan.summary and not made_for.summary:
-        return "no summary"
     return "label out of range" if plan.task == "classification" and (sample.label or 0) >= len(plan.labels) else None
 
 
@@ -93,8 +91,7 @@ def _keep(cache: TapCache, plan: TapPlan, frame: Frame, wanted: list[StoredSampl
     if len({len(values) for values in layers}) != 1:
         raise _Skip("taps of unlike shapes")
     width = manifest.width if plan.mode == "pooled" else min(plan.rank, manifest.width)
-    summary_width = manifest.width if plan.summary else 0
-    shard = cache.open_shard(frame.backbone, plan.layers(manifest.layers), width, layers[-1].shape[1], summary_width)
+    shard = cache.open_shard(frame.backbone, plan.layers(manifest.layers), width, layers[-1].shape[1], plan.summary_width(manifest.width))
     counts = [1 if frame.mode == "pooled" else sample.tokens + plan.summary_rows(manifest.width) for sample in frame.samples]
     ends = np.cumsum(counts)
     vectors = np.concatenate(layers, axis=1)

@@ -122,14 +122,8 @@ class Alignment(TapModule):
         """(B, B); row b says how much each tapped layer gives to block b."""
         return torch.softmax(self.layer_logits, dim=-1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Align with the running statistics, in training as on a device: both see the same numbers."""
-        if self.summary is not None:
-            summaries, tokens = self.split(x)
-            return self.joined(self.summary(summaries), self._aligned(tokens))
-        return self._aligned(x)
-
     def _aligned(self, x: Tensor) -> Tensor:
+        """Align with the running statistics, in training as on a device: both see the same numbers."""
         blocks, width = self.config.blocks, self.config.width_in
         if x.shape[1] != blocks or x.shape[-1] != width:
             raise ValueError(f"activations of shape {tuple(x.shape)} do not fit {blocks} blocks of width {width}")

@@ -60,13 +60,7 @@ class AnchorMap(TapModule):
     def observe(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Nothing: the statistics are those of the anchors, for good."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.summary is not None:
-            summaries, tokens = self.split(x)
-            return self.joined(self.summary(summaries), self._mapped(tokens))
-        return self._mapped(x)
-
-    def _mapped(self, x: Tensor) -> Tensor:
+    def _aligned(self, x: Tensor) -> Tensor:
         blocks, width_in, width_out = self.config.blocks, self.config.width_in, self.config.width_out
         if x.shape[1] != blocks or x.shape[-1] != width_in:
             raise ValueError(f"activations of shape {tuple(x.shape)} do not fit {blocks} blocks of width {width_in}")

@@ -107,8 +107,7 @@ class SideNetwork(nn.Module):
         self.config = config
         self.entry = None
         if config.entry_width:
-            of_summary = (config.entry_summary_width, config.side_width) if config.summary else ()
-            self.entry = Alignment(config.entry_width, config.side_width, config.blocks, *of_summary)
+            self.entry = Alignment(config.entry_width, config.side_width, config.blocks, config.entry_summary_width, config.side_width)
         self.gate_logits = nn.Parameter(torch.zeros(config.blocks))
         block = MlpBlock if config.mode == "pooled" else TransformerBlock
         self.blocks = nn.ModuleList(block(config) for _ in range(config.blocks))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from side_tuning.wire.summaries import folded_rows
+from side_tuning.wire.messages import folded_rows
 
 
 class Widths(Protocol):
@@ -33,6 +33,16 @@ class TapModule(nn.Module):
     config: Widths
     summary: TapModule | None
 
+    def forward(self, x: Tensor) -> Tensor:
+        if self.summary is None:
+            return self._aligned(x)
+        summaries, tokens = self.split(x)
+        return self._joined(self.summary(summaries), self._aligned(tokens))
+
+    def _aligned(self, x: Tensor) -> Tensor:
+        """Rows (N, B, d) or (N, B, T, d), no summary among them, to what they become."""
+        raise NotImplementedError
+
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Taps (N, B, k + T, width_in) to the summaries (N, B, summary_width) and the token rows (N, B, T, width_in)."""
         k = folded_rows(self.config.summary_width, self.config.width_in)
@@ -50,7 +60,7 @@ class TapModule(nn.Module):
             return mask
         return F.pad(self.token_mask(mask), (folded_rows(self.summary.config.width_out, self.config.width_out), 0), value=True)
 
-    def joined(self, summaries: Tensor, tokens: Tensor) -> Tensor:
+    def _joined(self, summaries: Tensor, tokens: Tensor) -> Tensor:
         """What the summaries (N, B, v) and the token rows (N, B, T, w) became to (N, B, k + T, w); k is 1 where v is w."""
         N, B, width = summaries.shape
         folded = F.pad(summaries, (0, -width % tokens.shape[-1])).view(N, B, -1, tokens.shape[-1])

@@ -125,6 +125,11 @@ def pack_message(message: Any) -> bytes:
     return bytes(msgpack.packb(asdict(message)))
 
 
+def folded_rows(summary_width: int, width: int) -> int:
+    """Rows of `width` that a vector of `summary_width` is folded into; 0 without a summary."""
+    return -(-summary_width // width)
+
+
 @dataclass(frozen=True)
 class TapPlan:
     """What the devices keep of their hidden states and how they send it (METHOD: taps, codec, labels).
@@ -171,9 +176,13 @@ class TapPlan:
             return width
         return min(width, max(self.rank, self.last_rank) if self.is_last(layer, depth) else self.rank)
 
+    def summary_width(self, width: int) -> int:
+        """Values of a summary on a backbone of this width; 0 without one."""
+        return width if self.summary else 0
+
     def summary_rows(self, width: int) -> int:
-        """Rows that a summary of `width` values takes in every tap of a sample; 0 without one."""
-        return -(-width // min(self.rank, width)) if self.summary else 0
+        """Rows that a summary takes in every tap of a sample on a backbone of this width; 0 without one."""
+        return folded_rows(self.summary_width(width), min(self.rank, width))
 
     def codec_at(self, layer: int, depth: int) -> CodecName:
         return self.last_codec if self.is_last(layer, depth) else self.codec

@@ -7,12 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from side_tuning.wire.messages import folded_rows
+
 Floats = np.ndarray[Any, Any]
-
-
-def folded_rows(summary_width: int, width: int) -> int:
-    """Rows of `width` that a vector of `summary_width` is folded into; 0 without a summary."""
-    return -(-summary_width // width)
 
 
 def join_summaries(summaries: Floats, rows: Floats, tokens: Sequence[int]) -> Floats:

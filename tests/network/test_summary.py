@@ -9,7 +9,8 @@ import torch
 from side_tuning.network.alignment import Alignment
 from side_tuning.network.anchor_map import AnchorMap
 from side_tuning.network.side_network import SideNetwork, SideNetworkConfig, predict_logits
-from side_tuning.wire.summaries import folded_rows, join_summaries, split_summaries
+from side_tuning.wire.messages import folded_rows
+from side_tuning.wire.summaries import join_summaries, split_summaries
 
 BLOCKS, RANK, WIDTH, SIDE = 2, 4, 10, 8  # so a summary takes three rows, and two values of the third are empty
 K = 3
